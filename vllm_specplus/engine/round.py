@@ -1,0 +1,144 @@
+"""The speculative round, free of any engine: stage, verify, commit, propose.
+
+An engine hands over flat rows (one per token of the step) and gets back, in this order: where the
+tree rows stand and what they may see, which of them are accepted, which rows move, and the next
+drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_specplus.config import Chain, SpecPlusConfig, StaticTree
+from vllm_specplus.core.budget import RowBudget
+from vllm_specplus.core.growth import Candidates, Path, chain_paths, prune
+from vllm_specplus.core.stats import SpecStats
+from vllm_specplus.core.tree import Tree, TreeBatch
+from vllm_specplus.core.verify import match
+from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.proposers.registry import create
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The trees of a step and where their rows lie.
+
+    row_index: int64 [num_reqs, num_rows], tree row -> row of the step; padding points at the root.
+    logits_index: int64 [num_reqs, num_rows], tree row -> row of the logits, likewise.
+    is_tree: bool [num_reqs], requests whose rows are a tree and nothing else. The others hold
+    prompt rows before their root and are served by causal attention.
+    branching: whether any tree is more than a chain. If none is, the host's sequential positions
+    and causal attention are right as they are.
+    """
+
+    trees: TreeBatch
+    row_index: torch.Tensor
+    logits_index: torch.Tensor
+    is_tree: torch.Tensor
+    branching: bool
+
+    def tree_positions(self, positions: torch.Tensor) -> None:
+        """Rewrites sequential positions in place to the root's plus the node's depth.
+
+        positions: int64 [..., rows of the step] (a leading axis for M-RoPE).
+        """
+        roots = positions[..., self.row_index[:, :1]]
+        positions[..., self.row_index] = roots + self.trees.depths
+
+    def row_masks(self, num_rows: int) -> torch.Tensor:
+        """Ancestor bitmask of the step's rows over their tree's rows: int64 [num_rows, words]."""
+        masks = torch.zeros(num_rows, self.trees.ancestor_mask.shape[-1], dtype=torch.int64)
+        valid = self.trees.valid()
+        masks[self.row_index[valid]] = self.trees.ancestor_mask[valid]
+        return masks
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Rows of the step whose content belongs elsewhere: int64 [num_moves] each.
+
+    A row never moves forward and rows of a request come in ascending order, so moving them one by
+    one never overwrites a row that is still to be read.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+class SpecRound:
+    """One engine's round: holds the proposer, the row budget and the statistics."""
+
+    def __init__(self, config: SpecPlusConfig) -> None:
+        self.proposer = create(config)
+        self.budget = RowBudget()
+        self.max_depth = config.num_speculative_tokens
+        self.stats = SpecStats(self.max_depth)
+        self._paths = _static_paths(config)
+
+    def stage(self, trees: Sequence[Tree], query_start_loc: np.ndarray) -> Staged:
+        """Lays the trees over the step's rows: a request's last 1 + num_nodes rows are its tree.
+
+        Args:
+            trees: per request, possibly empty.
+            query_start_loc: int [num_reqs + 1], first row of each request.
+        """
+        num_rows = np.diff(query_start_loc)
+        trees = [
+            tree if rows == len(tree) + 1 else tree.as_chain()
+            for tree, rows in zip(trees, num_rows.tolist(), strict=True)
+        ]
+        batch = TreeBatch.from_trees(trees)
+        num_logits = batch.num_nodes + 1
+        offsets = torch.arange(batch.num_rows).where(batch.valid(), 0)
+        roots = torch.from_numpy(query_start_loc[1:].astype(np.int64)) - num_logits
+        return Staged(
+            trees=batch,
+            row_index=roots[:, None] + offsets,
+            logits_index=(num_logits.cumsum(0) - num_logits)[:, None] + offsets,
+            is_tree=torch.from_numpy(num_rows) == num_logits,
+            branching=any(tree.branches for tree in trees),
+        )
+
+    def verify(self, staged: Staged, target_tokens: torch.Tensor) -> torch.Tensor:
+        """The accepted paths, bool [num_reqs, num_rows], from the target's token per logits row."""
+        return match(staged.trees, target_tokens[staged.logits_index])
+
+    def commit(self, staged: Staged, on_path: torch.Tensor) -> Moves:
+        """What must move so that every accepted path lies in contiguous rows behind its root."""
+        rank = on_path.cumsum(1) - 1
+        moved = on_path & (rank != torch.arange(on_path.shape[1]))
+        targets = staged.row_index.gather(1, rank)
+        return Moves(staged.row_index[moved], targets[moved])
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Tree]:
+        """The next trees: candidates, cut to the configured shape, then to what pays."""
+        asked = [r for r in requests if r.max_nodes > 0 and r.max_depth > 0]
+        drafts = dict(zip((r.req_id for r in asked), self.proposer.propose(asked), strict=True))
+        shaped = [self._shape(drafts.get(r.req_id, Candidates()), r) for r in requests]
+        counts = self.budget.allocate([candidates.probs for candidates in shaped])
+        return [candidates.tree(n) for candidates, n in zip(shaped, counts, strict=True)]
+
+    def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
+        """Feeds what was verified back to the proposer and the statistics."""
+        self.proposer.observe(req_id, tree, accepted_rows)
+        self.stats.observe(len(tree), len(accepted_rows))
+
+    def _shape(self, candidates: Candidates, request: DraftRequest) -> Candidates:
+        if request.chain_only:
+            return prune(candidates, chain_paths(request.max_depth))
+        return candidates if self._paths is None else prune(candidates, self._paths)
+
+
+def _static_paths(config: SpecPlusConfig) -> list[Path] | None:
+    if isinstance(config.tree, StaticTree):
+        return list(config.tree.paths)
+    if isinstance(config.tree, Chain):
+        return chain_paths(config.num_speculative_tokens)
+    return None

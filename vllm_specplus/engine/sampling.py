@@ -1,0 +1,219 @@
+"""The target's token at every row of a step, drawn by vLLM's own sampler.
+
+A tree row is sampled as if it were a request of its own whose history ends with the row's
+ancestors. So temperature, top-k, top-p, min-p, penalties, logit bias, bad words, min_tokens, allowed
+tokens, logprobs and seeds mean on trees what they mean without speculation.
+
+Seeds: vLLM draws once per emitted token from a request's generator. A row at depth d uses the draw
+that the plain stream would use d tokens later, and afterwards the generator has advanced by the
+number of tokens emitted: seeded output equals plain decoding token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from specplus_kernels.row_argmax import row_argmax
+
+from vllm_specplus.core.tree import Tree
+from vllm_specplus.engine.compat import (
+    BatchUpdate,
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    LogprobsTensors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+    Sampler,
+    SamplingMetadata,
+    SamplingParams,
+    advance_generator,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """What the rows of one request inherit; the token lists are the host's own, growing ones."""
+
+    params: SamplingParams
+    prompt_token_ids: list[int] | None
+    output_token_ids: list[int]
+    tree: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class RowSamples:
+    """tokens: int64 [num_logits_rows]. logprobs: per row, or None."""
+
+    tokens: torch.Tensor
+    logprobs: LogprobsTensors | None
+    streams: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Request index -> states of its generator after 0, 1, ... draws."""
+
+    def advance(self, generators: dict[int, torch.Generator], num_emitted: Sequence[int]) -> None:
+        """Leaves each request's generator where plain decoding would: after its emitted tokens."""
+        for index, states in self.streams.items():
+            generators[index].set_state(states[num_emitted[index]])
+
+
+def sample_rows(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    metadata: SamplingMetadata,
+    sources: Sequence[RowSource],
+) -> RowSamples:
+    """Draws one token per row.
+
+    Args:
+        logits: [num_logits_rows, vocab_size], the rows of each request in tree order.
+        metadata: vLLM's metadata per request.
+        sources: one per request.
+    """
+    if _is_plain_greedy(metadata, sources):
+        return RowSamples(row_argmax(logits), None)
+    streams = {
+        index: _stream(generator, sources[index].tree)
+        for index, generator in metadata.generators.items()
+    }
+    output = sampler(logits=logits, sampling_metadata=_per_row(metadata, sources, streams))
+    return RowSamples(output.sampled_token_ids.flatten().long(), output.logprobs_tensors, streams)
+
+
+def _is_plain_greedy(metadata: SamplingMetadata, sources: Sequence[RowSource]) -> bool:
+    """Whether the arg max of the raw logits is all that is asked for."""
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and not tracks_thinking(metadata)
+        and not any(_needs_processors(source.params) for source in sources)
+    )
+
+
+def _needs_processors(params: SamplingParams) -> bool:
+    return bool(params.logit_bias or params.min_tokens or params.min_p)
+
+
+def tracks_thinking(metadata: SamplingMetadata) -> bool:
+    """Whether a request of the batch has a thinking budget."""
+    holder = metadata.thinking_budget_state_holder
+    return holder is not None and holder.has_tracked_requests()
+
+
+def _stream(generator: torch.Generator, tree: Tree) -> list[torch.Tensor]:
+    """States of the generator after 0, 1, ... max depth + 1 draws; it ends where it began."""
+    states = [generator.get_state()]
+    for _ in range(max(tree.depths()) + 1):
+        advance_generator(generator)
+        states.append(generator.get_state())
+    generator.set_state(states[0])
+    return states
+
+
+def _at(state: torch.Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
+
+
+def _per_row(
+    metadata: SamplingMetadata,
+    sources: Sequence[RowSource],
+    streams: dict[int, list[torch.Tensor]],
+) -> SamplingMetadata:
+    """The metadata of a batch in which every row is a request."""
+    counts = [len(source.tree) + 1 for source in sources]
+    index = torch.arange(len(sources)).repeat_interleave(torch.tensor(counts))
+    owners = index.tolist()
+    depths = [depth for source in sources for depth in source.tree.depths()]
+    processed = any(_needs_processors(source.params) for source in sources)
+    with_history = processed or metadata.bad_words_token_ids or not metadata.no_penalties
+    history = [h for source in sources for h in _histories(source)] if with_history else []
+
+    def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[index]
+
+    def by_row(values: dict[int, Any] | None) -> dict[int, Any]:
+        values = values or {}
+        return {row: values[owner] for row, owner in enumerate(owners) if owner in values}
+
+    return replace(
+        metadata,
+        temperature=rows(metadata.temperature),
+        top_p=rows(metadata.top_p),
+        top_k=rows(metadata.top_k),
+        generators={
+            row: _at(streams[owner][depths[row]])
+            for row, owner in enumerate(owners)
+            if owner in streams
+        },
+        max_num_logprobs=metadata.max_num_logprobs,
+        prompt_token_ids=rows(metadata.prompt_token_ids),
+        frequency_penalties=rows(metadata.frequency_penalties),
+        presence_penalties=rows(metadata.presence_penalties),
+        repetition_penalties=rows(metadata.repetition_penalties),
+        output_token_ids=history,
+        allowed_token_ids_mask=rows(metadata.allowed_token_ids_mask),
+        bad_words_token_ids=by_row(metadata.bad_words_token_ids),
+        logitsprocs=_processors(sources, owners, history) if processed else LogitsProcessors(),
+        logprob_token_ids=by_row(metadata.logprob_token_ids) or None,
+        spec_token_ids=None,
+        thinking_budget_state_holder=_RootRows(metadata, counts)
+        if tracks_thinking(metadata)
+        else None,
+    )
+
+
+def _histories(source: RowSource) -> list[list[int]]:
+    """Output tokens before each row's draw: the request's own, then the row's ancestors."""
+    histories = [source.output_token_ids]
+    for token, parent in zip(source.tree.tokens, source.tree.parents, strict=True):
+        histories.append([*histories[parent], token])
+    return histories
+
+
+def _processors(
+    sources: Sequence[RowSource], owners: Sequence[int], history: Sequence[list[int]]
+) -> LogitsProcessors:
+    """vLLM's built-in logits processors, told that every row is a request."""
+    device = torch.device("cpu")
+    rows = len(owners)
+    config: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=rows))
+    added = [
+        (row, sources[owner].params, sources[owner].prompt_token_ids, history[row])
+        for row, owner in enumerate(owners)
+    ]
+    update = BatchUpdate(batch_size=rows, removed=[], added=added, moved=[])
+    processors = [
+        kind(config, device, False)
+        for kind in (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
+    ]
+    for processor in processors:
+        processor.update_state(update)
+    return LogitsProcessors(processors)
+
+
+class _RootRows:
+    """vLLM's thinking budget, applied to root rows: its requests are not drafted for."""
+
+    def __init__(self, metadata: SamplingMetadata, counts: Sequence[int]) -> None:
+        self._holder = metadata.thinking_budget_state_holder
+        self._holder.in_spec_mode = False
+        self._output_token_ids = metadata.output_token_ids
+        self._roots = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+
+    def has_tracked_requests(self) -> bool:
+        return True
+
+    def update_state(self, *_: Any, **__: Any) -> None:
+        self._holder.update_state(self._output_token_ids, None)
+
+    def apply_to_logits(self, logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        logits[self._roots] = self._holder.apply_to_logits(logits[self._roots], False, None)
+        return logits

@@ -1,0 +1,255 @@
+"""The CPU engine: token trees in vLLM's V1 model runner.
+
+vLLM's step runs unchanged; the round's four acts hang on the hooks where it prepares inputs, builds
+attention metadata, samples and drafts. Trees travel with their tokens through vLLM's flat draft
+lists (`Tree.encode`), so the runner keeps nothing between steps and every worker of a tensor
+parallel group sees the same trees.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from specplus_kernels.kv_commit import KVCommitPlan
+from specplus_kernels.row_argmax import row_argmax
+
+from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.core.tree import Tree
+from vllm_specplus.engine.attention import TreeCPUAttentionBackend, attach_tree, kv_views
+from vllm_specplus.engine.compat import (
+    AttentionBackendEnum,
+    CPUModelRunner,
+    KVCacheConfig,
+    LogprobsTensors,
+    SamplerOutput,
+    SamplingMetadata,
+    SamplingType,
+    SchedulerOutput,
+    VllmConfig,
+    registered_backend,
+)
+from vllm_specplus.engine.round import Moves, SpecRound, Staged
+from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows, tracks_thinking
+from vllm_specplus.proposers.base import DraftRequest
+
+
+class TreeDrafter:
+    """What vLLM's `custom_class` method instantiates: the round of this engine."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        options = vllm_config.additional_config["specplus"]
+        self.round = SpecRound(SpecPlusConfig.model_validate(options))
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """The n-gram proposer has no weights."""
+
+    def propose(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("SpecPlusCPUModelRunner drafts by itself")
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a step carries from one hook to the next."""
+
+    drafts: dict[str, Tree]
+    trees: list[Tree] = field(default_factory=list)
+    staged: Staged | None = None
+    slot_mappings: dict[int, torch.Tensor] = field(default_factory=dict)
+    on_path: torch.Tensor | None = None
+    moves: Moves | None = None
+
+
+class SpecPlusCPUModelRunner(CPUModelRunner):
+    """vLLM's CPU runner with the speculative round on trees."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.round: SpecRound = self.drafter.round
+        self._step: _Step | None = None
+        self._commit_plans: dict[int, KVCommitPlan] = {}
+        self._seeds = torch.Generator().manual_seed(vllm_config.model_config.seed)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with registered_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend):
+            super().load_model(*args, **kwargs)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kw)
+        layers = self.compilation_config.static_forward_context
+        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            caches = {layers[name].kv_cache.data_ptr(): layers[name].kv_cache for name in group.layer_names}
+            self._commit_plans[gid] = KVCommitPlan([v for c in caches.values() for v in kv_views(c)])
+
+    # Stage.
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        drafts = {
+            req_id: Tree.decode(codes)
+            for req_id, codes in scheduler_output.scheduled_spec_decode_tokens.items()
+        }
+        tokens = {req_id: list(tree.tokens) for req_id, tree in drafts.items()}
+        self._step = _Step(drafts)
+        scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens=tokens)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        deferred = super()._update_states(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._give_generator(request.req_id)
+        return deferred
+
+    def _give_generator(self, req_id: str) -> None:
+        """A generator for an unseeded request: how many rows are drawn depends on timing, so a
+        stream shared by all requests would not repeat from run to run."""
+        state = self.requests[req_id]
+        if state.generator is None and state.sampling_params.sampling_type == SamplingType.RANDOM:
+            seed = int(torch.randint(0, 2**31, (1,), generator=self._seeds))
+            state.generator = torch.Generator().manual_seed(seed)
+            index = self.input_batch.req_id_to_index[req_id]
+            self.input_batch.generators[index] = state.generator
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled)
+        step = self._step
+        step.trees = [step.drafts.get(req_id, Tree()) for req_id in self.input_batch.req_ids]
+        step.staged = self.round.stage(
+            step.trees, self.query_start_loc.np[: self.input_batch.num_reqs + 1]
+        )
+        if step.staged.branching:
+            step.staged.tree_positions(self.positions)
+            if self.uses_mrope:
+                step.staged.tree_positions(self.mrope_positions.gpu)
+        return prepared
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        built = super()._build_attention_metadata(*args, **kwargs)
+        step = self._step
+        if step is not None:
+            step.slot_mappings = kwargs["slot_mappings"]
+            if step.staged.branching:
+                groups = {id(group): group for group in built[0].values()}.values()
+                num_reqs, num_tokens = kwargs["num_reqs"], kwargs["num_tokens"]
+                context_lens = self.num_computed_tokens[:num_reqs]
+                attach_tree(groups, step.staged, self.positions[:num_tokens], context_lens)
+        return built
+
+    # Verify and commit.
+
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+        step = self._step
+        sources = [self._row_source(r, t) for r, t in zip(self.input_batch.req_ids, step.trees, strict=True)]
+        samples = sample_rows(self.sampler, logits, self.input_batch.sampling_metadata, sources)
+        step.on_path = self.round.verify(step.staged, samples.tokens)
+        self._advance_generators(samples, step.on_path)
+        step.moves = self.round.commit(step.staged, step.on_path)
+        if len(step.moves):
+            for gid, slots in step.slot_mappings.items():
+                self._commit_plans[gid](slots[step.moves.source], slots[step.moves.target])
+        rows = step.staged.logits_index
+        return SamplerOutput(
+            sampled_token_ids=samples.tokens[rows].where(step.on_path, -1).int(),
+            logprobs_tensors=_take(samples.logprobs, rows.flatten()),
+        )
+
+    def _row_source(self, req_id: str, tree: Tree) -> RowSource:
+        state = self.requests[req_id]
+        return RowSource(state.sampling_params, state.prompt_token_ids, state.output_token_ids, tree)
+
+    def _advance_generators(self, samples: RowSamples, on_path: torch.Tensor) -> None:
+        emitted = on_path.sum(1).numpy()
+        discarded = self.discard_request_mask.np[: len(emitted)]
+        samples.advance(self.input_batch.generators, np.where(discarded, 0, emitted).tolist())
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM rewinds the generators of prompt chunks, which CPU generators cannot; ours have not
+        # moved.
+        generators = self.input_batch.generators
+        hidden = dict(generators)
+        generators.clear()
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    # Propose.
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: SamplingMetadata,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        *args: Any,
+    ) -> list[list[int]]:
+        step, self._step = self._step, None
+        if len(step.moves):
+            for rows in (hidden_states, *(aux_hidden_states or ()), self.input_ids.gpu, self.positions):
+                rows[step.moves.target] = rows[step.moves.source]
+        req_ids = self.input_batch.req_ids
+        for req_id, tree, on_path in zip(req_ids, step.trees, step.on_path.tolist(), strict=True):
+            if len(tree):
+                self.round.observe(req_id, tree, [r for r, on in enumerate(on_path) if on and r])
+        thinking = tracks_thinking(sampling_metadata)
+        requests = [
+            self._draft_request(i, r, bool(s) and not thinking)
+            for i, (r, s) in enumerate(zip(req_ids, sampled_token_ids, strict=True))
+        ]
+        return [tree.encode() for tree in self.round.propose(requests)]
+
+    def _draft_request(self, index: int, req_id: str, may_draft: bool) -> DraftRequest:
+        state = self.requests[req_id]
+        params = state.sampling_params
+        num_tokens = int(self.input_batch.num_tokens_no_spec[index])
+        left = self.max_model_len - num_tokens - 1
+        if params.max_tokens is not None:
+            max_depth = min(left, params.max_tokens - len(state.output_token_ids) - 1)
+        else:
+            max_depth = left
+        return DraftRequest(
+            req_id=req_id,
+            token_ids=self.input_batch.token_ids_cpu[index, :num_tokens],
+            max_depth=min(max_depth, self.round.max_depth) if may_draft else 0,
+            max_nodes=min(left, self.num_spec_tokens),
+            chain_only=params.structured_outputs is not None,
+        )
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        super()._on_request_state_removed(req_id, req_state)
+        self.round.proposer.forget(req_id)
+
+    # Start-up.
+
+    @torch.inference_mode()
+    def measure_step_costs(self, repeats: int = 3) -> dict[int, float]:
+        """Times the target model at a few row counts: total rows of a step -> milliseconds.
+
+        Attention is left out (the budget learns what a step costs beyond this while it serves).
+        """
+        most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
+        return {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in _points(most)}
+
+    def _time_rows(self, rows: int) -> float:
+        start = time.perf_counter()
+        hidden_states, _ = self._dummy_run(rows)
+        row_argmax(self.model.compute_logits(hidden_states[:rows]))
+        return 1e3 * (time.perf_counter() - start)
+
+
+def _points(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`, but no more than 128: beyond that drafts never pay."""
+    most = min(most, 128)
+    return sorted({min(1 << i, most) for i in range(8)})
+
+
+def _take(logprobs: LogprobsTensors | None, rows: torch.Tensor) -> LogprobsTensors | None:
+    """Row logprobs in vLLM's padded [num_reqs * num_rows] layout."""
+    return None if logprobs is None else LogprobsTensors(*(t[rows] for t in logprobs[:3]))

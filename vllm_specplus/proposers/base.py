@@ -1,0 +1,51 @@
+"""What a drafting method must offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.core.growth import Candidates
+from vllm_specplus.core.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """One request that may get drafts in the next step.
+
+    token_ids: int32 [num_tokens], prompt and output so far; the last one is the root. It is a view
+    of the host's buffer, valid during the call only.
+    max_depth, max_nodes: bounds for this request in this step (length limits included).
+    chain_only: its candidates will be cut to a chain (structured output).
+    """
+
+    req_id: str
+    token_ids: np.ndarray
+    max_depth: int
+    max_nodes: int
+    chain_only: bool = False
+
+
+class Proposer(ABC):
+    """Grows candidate trees. One instance serves all requests of an engine."""
+
+    def __init__(self, config: SpecPlusConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
+        """Candidates per request, best first, within its bounds; empty where nothing is known.
+
+        Must be fast enough to be called every step, and must depend on the arguments and on what
+        was observed only, so that every worker proposes alike.
+        """
+
+    def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
+        """Learns from a verified tree: the rows of its accepted path, root excluded."""
+
+    def forget(self, req_id: str) -> None:
+        """Drops all state of a finished request."""
