@@ -58,7 +58,7 @@ def registered_backend(backend: AttentionBackendEnum, cls: type) -> Iterator[Non
         selector._cached_get_attn_backend.cache_clear()
 
 
-def advance_generator(generator: torch.Generator) -> None:
+def draw_seed(generator: torch.Generator) -> int:
     """Draws what vLLM's CPU sampler draws from a request's generator for one token
     (TopKTopPSampler.forward_cpu)."""
-    torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+    return int(torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long))

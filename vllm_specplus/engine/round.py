@@ -8,7 +8,7 @@ drafts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -117,18 +117,35 @@ class SpecRound:
         targets = staged.row_index.gather(1, rank)
         return Moves(staged.row_index[moved], targets[moved])
 
-    def propose(self, requests: Sequence[DraftRequest]) -> list[Tree]:
-        """The next trees: candidates, cut to the configured shape, then to what pays."""
-        asked = [r for r in requests if r.max_nodes > 0 and r.max_depth > 0]
+    def propose(self, requests: Sequence[DraftRequest], row_ms: float = 0.0) -> list[Tree]:
+        """The next trees: candidates, cut to the configured shape, then to what pays.
+
+        row_ms: what a row costs beyond the target's forward pass.
+        """
+        least = self.budget.min_prob(len(requests))
+        asked = [
+            replace(request, min_prob=least)
+            for request in requests
+            if min(request.max_nodes, request.max_depth) > 0 and self.budget.due(request.req_id)
+        ]
         drafts = dict(zip((r.req_id for r in asked), self.proposer.propose(asked), strict=True))
         shaped = [self._shape(drafts.get(r.req_id, Candidates()), r) for r in requests]
-        counts = self.budget.allocate([candidates.probs for candidates in shaped])
+        counts = self.budget.allocate(
+            [candidates.probs for candidates in shaped],
+            [request.req_id for request in requests],
+            [row_ms] * len(requests),
+        )
         return [candidates.tree(n) for candidates, n in zip(shaped, counts, strict=True)]
 
     def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
         """Feeds what was verified back to the proposer and the statistics."""
         self.proposer.observe(req_id, tree, accepted_rows)
         self.stats.observe(len(tree), len(accepted_rows))
+
+    def forget(self, req_id: str) -> None:
+        """Drops all state of a finished request."""
+        self.proposer.forget(req_id)
+        self.budget.forget(req_id)
 
     def _shape(self, candidates: Candidates, request: DraftRequest) -> Candidates:
         if request.chain_only:

@@ -12,12 +12,13 @@ number of tokens emitted: seeded output equals plain decoding token for token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from specplus_kernels.row_argmax import row_argmax
+from specplus_kernels.row_gumbel_argmax import row_gumbel_argmax
 
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine.compat import (
@@ -30,7 +31,7 @@ from vllm_specplus.engine.compat import (
     Sampler,
     SamplingMetadata,
     SamplingParams,
-    advance_generator,
+    draw_seed,
 )
 
 
@@ -45,18 +46,48 @@ class RowSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """What a request's generator yields from here on.
+
+    states: after 0, 1, ... draws; seeds: the draws themselves, one per depth.
+    """
+
+    states: list[torch.Tensor]
+    seeds: list[int]
+
+    @classmethod
+    def of(cls, generator: torch.Generator, depth: int) -> Stream:
+        """The draws for depths 0 to `depth`; the generator is left where it was."""
+        states, seeds = [generator.get_state()], []
+        for _ in range(depth + 1):
+            seeds.append(draw_seed(generator))
+            states.append(generator.get_state())
+        generator.set_state(states[0])
+        return cls(states, seeds)
+
+    def generator(self, depth: int) -> torch.Generator:
+        """A generator that yields the draws from `depth` on."""
+        generator = torch.Generator()
+        generator.set_state(self.states[depth])
+        return generator
+
+
+@dataclass(frozen=True, slots=True)
 class RowSamples:
-    """tokens: int64 [num_logits_rows]. logprobs: per row, or None."""
+    """tokens: int64 [num_logits_rows]. logprobs: per row, or None. streams: by request index.
+
+    way: how the rows were drawn, as their cost depends on it.
+    """
 
     tokens: torch.Tensor
     logprobs: LogprobsTensors | None
-    streams: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Request index -> states of its generator after 0, 1, ... draws."""
+    streams: dict[int, Stream]
+    way: Literal["argmax", "gumbel", "sampler"]
 
     def advance(self, generators: dict[int, torch.Generator], num_emitted: Sequence[int]) -> None:
         """Leaves each request's generator where plain decoding would: after its emitted tokens."""
-        for index, states in self.streams.items():
-            generators[index].set_state(states[num_emitted[index]])
+        for index, stream in self.streams.items():
+            generators[index].set_state(stream.states[num_emitted[index]])
 
 
 def sample_rows(
@@ -72,21 +103,33 @@ def sample_rows(
         metadata: vLLM's metadata per request.
         sources: one per request.
     """
-    if _is_plain_greedy(metadata, sources):
-        return RowSamples(row_argmax(logits), None)
+    depths = [source.tree.depths() for source in sources]
     streams = {
-        index: _stream(generator, sources[index].tree)
+        index: Stream.of(generator, max(depths[index]))
         for index, generator in metadata.generators.items()
     }
-    output = sampler(logits=logits, sampling_metadata=_per_row(metadata, sources, streams))
-    return RowSamples(output.sampled_token_ids.flatten().long(), output.logprobs_tensors, streams)
+    if metadata.all_greedy and is_plain(metadata, sources):
+        return RowSamples(row_argmax(logits), None, streams, "argmax")
+    rows = _Rows([i for i, d in enumerate(depths) for _ in d], [d for ds in depths for d in ds])
+    if is_plain(metadata, sources):
+        seeds = [
+            streams[owner].seeds[depth] if owner in streams else 0
+            for owner, depth in zip(rows.owners, rows.depths, strict=True)
+        ]
+        temperature = metadata.temperature[rows.index]
+        tokens = row_gumbel_argmax(logits, temperature, torch.tensor(seeds))
+        return RowSamples(tokens, None, streams, "gumbel")
+    output = sampler(logits=logits, sampling_metadata=_per_row(metadata, sources, rows, streams))
+    tokens = output.sampled_token_ids.flatten().long()
+    return RowSamples(tokens, output.logprobs_tensors, streams, "sampler")
 
 
-def _is_plain_greedy(metadata: SamplingMetadata, sources: Sequence[RowSource]) -> bool:
-    """Whether the arg max of the raw logits is all that is asked for."""
+def is_plain(metadata: SamplingMetadata, sources: Sequence[RowSource]) -> bool:
+    """Whether temperature and seed are all that the requests ask for."""
     return (
-        metadata.all_greedy
-        and metadata.no_penalties
+        metadata.no_penalties
+        and metadata.top_k is None
+        and metadata.top_p is None
         and metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
@@ -106,37 +149,31 @@ def tracks_thinking(metadata: SamplingMetadata) -> bool:
     return holder is not None and holder.has_tracked_requests()
 
 
-def _stream(generator: torch.Generator, tree: Tree) -> list[torch.Tensor]:
-    """States of the generator after 0, 1, ... max depth + 1 draws; it ends where it began."""
-    states = [generator.get_state()]
-    for _ in range(max(tree.depths()) + 1):
-        advance_generator(generator)
-        states.append(generator.get_state())
-    generator.set_state(states[0])
-    return states
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Request index and depth of every row."""
 
+    owners: list[int]
+    depths: list[int]
 
-def _at(state: torch.Tensor) -> torch.Generator:
-    generator = torch.Generator()
-    generator.set_state(state)
-    return generator
+    @property
+    def index(self) -> torch.Tensor:
+        return torch.tensor(self.owners)
 
 
 def _per_row(
     metadata: SamplingMetadata,
     sources: Sequence[RowSource],
-    streams: dict[int, list[torch.Tensor]],
+    rows: _Rows,
+    streams: dict[int, Stream],
 ) -> SamplingMetadata:
     """The metadata of a batch in which every row is a request."""
-    counts = [len(source.tree) + 1 for source in sources]
-    index = torch.arange(len(sources)).repeat_interleave(torch.tensor(counts))
-    owners = index.tolist()
-    depths = [depth for source in sources for depth in source.tree.depths()]
+    owners, index = rows.owners, rows.index
     processed = any(_needs_processors(source.params) for source in sources)
     with_history = processed or metadata.bad_words_token_ids or not metadata.no_penalties
     history = [h for source in sources for h in _histories(source)] if with_history else []
 
-    def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+    def take(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[index]
 
     def by_row(values: dict[int, Any] | None) -> dict[int, Any]:
@@ -145,26 +182,25 @@ def _per_row(
 
     return replace(
         metadata,
-        temperature=rows(metadata.temperature),
-        top_p=rows(metadata.top_p),
-        top_k=rows(metadata.top_k),
+        temperature=take(metadata.temperature),
+        top_p=take(metadata.top_p),
+        top_k=take(metadata.top_k),
         generators={
-            row: _at(streams[owner][depths[row]])
-            for row, owner in enumerate(owners)
+            row: streams[owner].generator(depth)
+            for row, (owner, depth) in enumerate(zip(owners, rows.depths, strict=True))
             if owner in streams
         },
-        max_num_logprobs=metadata.max_num_logprobs,
-        prompt_token_ids=rows(metadata.prompt_token_ids),
-        frequency_penalties=rows(metadata.frequency_penalties),
-        presence_penalties=rows(metadata.presence_penalties),
-        repetition_penalties=rows(metadata.repetition_penalties),
+        prompt_token_ids=take(metadata.prompt_token_ids),
+        frequency_penalties=take(metadata.frequency_penalties),
+        presence_penalties=take(metadata.presence_penalties),
+        repetition_penalties=take(metadata.repetition_penalties),
         output_token_ids=history,
-        allowed_token_ids_mask=rows(metadata.allowed_token_ids_mask),
+        allowed_token_ids_mask=take(metadata.allowed_token_ids_mask),
         bad_words_token_ids=by_row(metadata.bad_words_token_ids),
         logitsprocs=_processors(sources, owners, history) if processed else LogitsProcessors(),
         logprob_token_ids=by_row(metadata.logprob_token_ids) or None,
         spec_token_ids=None,
-        thinking_budget_state_holder=_RootRows(metadata, counts)
+        thinking_budget_state_holder=_RootRows(metadata, rows.depths)
         if tracks_thinking(metadata)
         else None,
     )
@@ -202,11 +238,11 @@ def _processors(
 class _RootRows:
     """vLLM's thinking budget, applied to root rows: its requests are not drafted for."""
 
-    def __init__(self, metadata: SamplingMetadata, counts: Sequence[int]) -> None:
+    def __init__(self, metadata: SamplingMetadata, depths: Sequence[int]) -> None:
         self._holder = metadata.thinking_budget_state_holder
         self._holder.in_spec_mode = False
         self._output_token_ids = metadata.output_token_ids
-        self._roots = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+        self._roots = [row for row, depth in enumerate(depths) if depth == 0]
 
     def has_tracked_requests(self) -> bool:
         return True

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from specplus_kernels.kv_commit import KVCommitPlan
-from specplus_kernels.row_argmax import row_argmax
 
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine.attention import TreeCPUAttentionBackend, attach_tree, kv_views
+from vllm_specplus.engine.clock import StepClock
 from vllm_specplus.engine.compat import (
     AttentionBackendEnum,
     CPUModelRunner,
@@ -61,6 +61,7 @@ class _Step:
     slot_mappings: dict[int, torch.Tensor] = field(default_factory=dict)
     on_path: torch.Tensor | None = None
     moves: Moves | None = None
+    way: str = "argmax"
 
 
 class SpecPlusCPUModelRunner(CPUModelRunner):
@@ -71,6 +72,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         self.round: SpecRound = self.drafter.round
         self._step: _Step | None = None
         self._commit_plans: dict[int, KVCommitPlan] = {}
+        self._clock = StepClock(self.round.budget)
         self._seeds = torch.Generator().manual_seed(vllm_config.model_config.seed)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -93,6 +95,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         }
         tokens = {req_id: list(tree.tokens) for req_id, tree in drafts.items()}
         self._step = _Step(drafts)
+        self._clock.start()
         scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens=tokens)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
@@ -142,7 +145,10 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         step = self._step
         sources = [self._row_source(r, t) for r, t in zip(self.input_batch.req_ids, step.trees, strict=True)]
+        start = time.perf_counter()
         samples = sample_rows(self.sampler, logits, self.input_batch.sampling_metadata, sources)
+        self._clock.sampled(samples.way, len(logits), time.perf_counter() - start)
+        step.way = samples.way
         step.on_path = self.round.verify(step.staged, samples.tokens)
         self._advance_generators(samples, step.on_path)
         step.moves = self.round.commit(step.staged, step.on_path)
@@ -196,14 +202,17 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 rows[step.moves.target] = rows[step.moves.source]
         req_ids = self.input_batch.req_ids
         for req_id, tree, on_path in zip(req_ids, step.trees, step.on_path.tolist(), strict=True):
-            if len(tree):
-                self.round.observe(req_id, tree, [r for r, on in enumerate(on_path) if on and r])
+            self.round.observe(req_id, tree, [row for row, on in enumerate(on_path) if on and row])
         thinking = tracks_thinking(sampling_metadata)
         requests = [
             self._draft_request(i, r, bool(s) and not thinking)
             for i, (r, s) in enumerate(zip(req_ids, sampled_token_ids, strict=True))
         ]
-        return [tree.encode() for tree in self.round.propose(requests)]
+        drafts = self.round.propose(requests, self._clock.row_ms(step.way))
+        num_rows = scheduler_output.total_num_scheduled_tokens
+        decoding = bool(step.staged.is_tree.all())
+        self._clock.stop(num_rows if decoding else None, bool(step.drafts))
+        return [tree.encode() for tree in drafts]
 
     def _draft_request(self, index: int, req_id: str, may_draft: bool) -> DraftRequest:
         state = self.requests[req_id]
@@ -224,23 +233,25 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self.round.proposer.forget(req_id)
+        self.round.forget(req_id)
 
     # Start-up.
 
     @torch.inference_mode()
-    def measure_step_costs(self, repeats: int = 3) -> dict[int, float]:
-        """Times the target model at a few row counts: total rows of a step -> milliseconds.
+    def measure_step_costs(self, repeats: int = 3) -> None:
+        """Tells the row budget what the target's forward pass costs at a few row counts.
 
-        Attention is left out (the budget learns what a step costs beyond this while it serves).
+        Attention and the host's work are left out: the budget learns them while serving.
         """
         most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
-        return {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in _points(most)}
+        self.round.budget.measured(
+            {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in _points(most)}
+        )
 
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()
         hidden_states, _ = self._dummy_run(rows)
-        row_argmax(self.model.compute_logits(hidden_states[:rows]))
+        self.model.compute_logits(hidden_states[:rows])
         return 1e3 * (time.perf_counter() - start)
 
 

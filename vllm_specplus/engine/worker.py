@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from vllm_specplus.engine.compat import CPUWorker, cpu_worker, scoped
@@ -27,4 +28,4 @@ class SpecPlusCPUWorker(CPUWorker):
 
     def specplus_stats(self) -> dict[str, Any]:
         """Counters of the speculative rounds so far; call through `collective_rpc`."""
-        return self.model_runner.round.stats.as_dict()
+        return asdict(self.model_runner.round.stats)
