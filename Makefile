@@ -1,0 +1,57 @@
+# `make test` and `make demo` work first thing on a clean clone: they make .venv when it is missing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test test-fast bench demo clean
+
+BIN := .venv/bin
+READY := .venv/.ready
+KERNELS := .venv/.kernels
+SETUP_INPUTS := setup.py pyproject.toml tools/setup_venv.sh tools/vllm-cpu-shim/pyproject.toml
+KERNEL_INPUTS := $(wildcard kernels/specplus_kernels/*/*.cpp kernels/specplus_kernels/*/*.h)
+
+export VLLM_LOGGING_LEVEL ?= WARNING
+export VLLM_NO_USAGE_STATS := 1
+export PYTHONNOUSERSITE := 1
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): $(SETUP_INPUTS)
+	@tools/setup_venv.sh
+
+$(KERNELS): $(READY) $(KERNEL_INPUTS)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+setup: $(KERNELS) ## make .venv: engine, this package (editable), C++ kernels, tools
+	@echo ".venv is ready"
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(KERNELS) ## the whole test suite (under 20 minutes on 2 cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+demo: $(KERNELS) ## a real model, plain and with speculation, side by side
+	$(BIN)/python -m benchmarks.e2e.demo
+
+BENCH ?= --methods native-ngram "[ngram]:tree=dynamic:12" --batch-sizes 1 4 8 16 --limit 40
+
+bench: $(KERNELS) ## end-to-end benchmark; make bench BENCH=--help lists its options
+	$(BIN)/python -m benchmarks.e2e.generate $(BENCH)
+
+clean: ## remove .venv and all that was built (results/ and the model cache stay)
+	rm -rf .venv build dist ./*.egg-info tools/vllm-cpu-shim/{build,*.egg-info}
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f kernels/specplus_kernels/*.so
+	find vllm_specplus kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Tests of vllm_specplus; the folders mirror the package's."""
