@@ -1,0 +1,95 @@
+"""Launcher of cpu.cpp: vLLM's "vec" KV layout."""
+
+from __future__ import annotations
+
+import torch
+
+from specplus_kernels.cpu_library import DTYPES, Kernel
+
+_kernel = Kernel("specplus_tree_attention", "29q2d")
+_ERRORS = {
+    1: "request {} has more rows than its ancestor words have bits, or than 128",
+    2: "request {} reads slots past its block table, or a block that is not in the cache",
+}
+_VECTOR = 16  # floats of the widest vector that the kernel may be compiled for
+
+
+def refuses(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, out: torch.Tensor
+) -> str | None:
+    """What the kernel does not take of these arguments, None if it takes them."""
+    _, block_size, num_kv_heads, head_size = key_cache.shape
+    block, slot, head, dim = key_cache.stride()
+    if num_kv_heads == 1:  # torch leaves the stride of a dimension of size 1 undefined
+        head = value_cache.stride(2)
+    if query.dtype not in DTYPES:
+        return f"{query.dtype}"
+    if head_size % _VECTOR or block_size % _VECTOR:
+        return f"head_size {head_size} with block_size {block_size} (multiples of {_VECTOR})"
+    if (slot, dim) != (1, block_size) or value_cache.stride() != (block, head_size, head, 1):
+        return "a KV cache that is not of the vec layout"
+    if query.stride(2) != 1 or out.stride(2) != 1:
+        return "a query or out that is not contiguous in head_size"
+    return None
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    ancestor_mask: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    logits_soft_cap: float,
+    sinks: torch.Tensor | None,
+    requests: torch.Tensor | None,
+) -> None:
+    """As the reference; `refuses` said None."""
+    num_blocks, block_size, num_kv_heads, head_size = key_cache.shape
+    if block_table.stride(1) != 1 or ancestor_mask.stride(1) != 1:
+        block_table, ancestor_mask = block_table.contiguous(), ancestor_mask.contiguous()
+    query_start_loc, context_lens = query_start_loc.contiguous(), context_lens.contiguous()
+    positions = positions.contiguous()
+    requests = None if requests is None else requests.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    result = _kernel(
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        out.data_ptr(),
+        block_table.data_ptr(),
+        query_start_loc.data_ptr(),
+        context_lens.data_ptr(),
+        ancestor_mask.data_ptr(),
+        positions.data_ptr(),
+        0 if requests is None else requests.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        DTYPES[query.dtype],
+        len(context_lens) if requests is None else len(requests),
+        query.shape[1],
+        num_kv_heads,
+        head_size,
+        block_size,
+        num_blocks,
+        block_table.shape[1],
+        ancestor_mask.shape[1],
+        sliding_window or 0,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        block_table.stride(0),
+        ancestor_mask.stride(0),
+        key_cache.stride(0),
+        key_cache.stride(2),
+        scale,
+        logits_soft_cap,
+    )
+    if result:
+        raise ValueError(_ERRORS[result >> 32].format(result & 0xFFFFFFFF))

@@ -1,0 +1,106 @@
+"""tree_attention in plain torch, fp32, request by request."""
+
+from __future__ import annotations
+
+import torch
+
+WORD_BITS = 64
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    ancestor_mask: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    logits_soft_cap: float,
+    sinks: torch.Tensor | None,
+    requests: torch.Tensor | None,
+) -> None:
+    """See the package's docstring; `sliding_window` is None or positive."""
+    starts, contexts = query_start_loc.tolist(), context_lens.tolist()
+    chosen = range(len(contexts)) if requests is None else requests.tolist()
+    for req in chosen:
+        rows = slice(starts[req], starts[req + 1])
+        num_slots = contexts[req] + rows.stop - rows.start
+        _check_request(req, rows, num_slots, key_cache, block_table, ancestor_mask)
+        visible = _visible(ancestor_mask[rows], positions[rows], contexts[req], sliding_window)
+        keys = _gather(key_cache, block_table[req], num_slots)
+        values = _gather(value_cache, block_table[req], num_slots)
+        attended = _attend(query[rows], keys, values, visible, scale, logits_soft_cap, sinks)
+        out[rows] = attended.to(out.dtype)
+
+
+def _check_request(
+    req: int,
+    rows: slice,
+    num_slots: int,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestor_mask: torch.Tensor,
+) -> None:
+    num_rows, bits = rows.stop - rows.start, ancestor_mask.shape[1] * WORD_BITS
+    if num_rows > bits:
+        raise ValueError(f"request {req} has {num_rows} rows, its ancestor words {bits} bits")
+    if num_slots > block_table.shape[1] * key_cache.shape[1]:
+        raise ValueError(f"request {req} reads {num_slots} slots, more than its block table has")
+
+
+def _visible(
+    words: torch.Tensor,  # [num_rows, words] int64
+    positions: torch.Tensor,  # [num_rows] int64
+    context_len: int,
+    sliding_window: int | None,
+) -> torch.Tensor:  # [num_rows, context_len + num_rows] bool
+    num_rows = len(words)
+    bit = torch.arange(num_rows, device=words.device)
+    tail = (words[:, bit // WORD_BITS] >> (bit % WORD_BITS)) & 1
+    visible = torch.nn.functional.pad(tail.bool(), (context_len, 0), value=True)
+    if sliding_window is not None:
+        context = torch.arange(context_len, device=words.device)
+        slot_positions = torch.cat([context, positions])
+        visible &= slot_positions[None, :] > positions[:, None] - sliding_window
+    return visible
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """The first `num_slots` slots of one request, [num_slots, num_kv_heads, head_size] fp32."""
+    block_size = cache.shape[1]
+    num_blocks = -(-num_slots // block_size)
+    return cache[blocks[:num_blocks].long()].flatten(0, 1)[:num_slots].float()
+
+
+def _attend(
+    query: torch.Tensor,  # [num_rows, num_heads, head_size]
+    keys: torch.Tensor,  # [num_slots, num_kv_heads, head_size] fp32
+    values: torch.Tensor,
+    visible: torch.Tensor,  # [num_rows, num_slots] bool
+    scale: float,
+    logits_soft_cap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # [num_rows, num_heads, head_size] fp32
+    num_rows, num_heads, head_size = query.shape
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    num_kv_heads, group = len(keys), num_heads // len(keys)
+    grouped = query.float().view(num_rows, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
+    scores = torch.matmul(grouped, keys[:, None].mT) * scale  # [kv_heads, group, rows, slots]
+    if logits_soft_cap:
+        scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(num_kv_heads, group, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : visible.shape[1]].masked_fill(~visible, 0.0)
+    attended = torch.matmul(weights, torch.nan_to_num(values, 0.0, 0.0, 0.0)[:, None])
+    broken = ~torch.isfinite(values)
+    if broken.any():  # only the rows that see a non-finite value may become NaN
+        touched = torch.matmul(visible.float(), broken.float())[:, None] > 0
+        attended = attended.masked_fill(touched, torch.nan)
+    return attended.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_size)
