@@ -7,9 +7,9 @@ first. A child is never more probable than its parent, so best first is also pre
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf, log
 
 from vllm_specplus.core.tree import QKind, Tree
 
@@ -36,32 +36,45 @@ class Candidates:
         return Tree(self.tokens[:num_nodes], self.parents[:num_nodes], QKind.DETERMINISTIC)
 
 
-def grow(expand: Expand, max_nodes: int, max_depth: int) -> Candidates:
+def grow(
+    expand: Expand,
+    max_nodes: int,
+    max_depth: int,
+    min_prob: float = 0.0,
+    paths: Collection[Path] | None = None,
+) -> Candidates:
     """The `max_nodes` most probable nodes (EAGLE-2, Li et al. 2024, arXiv 2406.16858).
 
     `expand(path)` gives the candidates after a path of tokens: (token, log-probability given that
-    the path is accepted), tokens distinct, log-probabilities <= 0, in any order.
+    the path is accepted), tokens distinct, log-probabilities <= 0, in any order. It is called at
+    most once per path, parents first. Nodes below `min_prob` are left out, and so are those that
+    are not on the static `paths`, if given (see `prune`).
     """
     tokens: list[int] = []
     parents: list[int] = []
     probs: list[float] = []
+    least = log(min_prob) if min_prob > 0 else -inf
     tie = 0
-    heap: list[tuple[float, int, int, Path]] = []
+    heap: list[tuple[float, int, int, Path, Path]] = []
 
-    def push(path: Path, row: int, logprob: float) -> None:
+    def push(path: Path, ranks: Path, row: int, logprob: float) -> None:
         nonlocal tie
-        for token, delta in expand(path):
-            heapq.heappush(heap, (-(logprob + delta), tie, row, (*path, token)))
-            tie += 1
+        children = sorted(expand(path), key=lambda child: -child[1])
+        for rank, (token, delta) in enumerate(children):
+            below = ranks if paths is None else (*ranks, rank)
+            if logprob + delta >= least and (paths is None or below in paths):
+                heapq.heappush(heap, (-(logprob + delta), tie, row, (*path, token), below))
+                tie += 1
 
-    push((), 0, 0.0)
+    if min(max_nodes, max_depth) > 0:
+        push((), (), 0, 0.0)
     while heap and len(tokens) < max_nodes:
-        cost, _, parent, path = heapq.heappop(heap)
+        cost, _, parent, path, ranks = heapq.heappop(heap)
         tokens.append(path[-1])
         parents.append(parent)
         probs.append(exp(-cost))
-        if len(path) < max_depth:
-            push(path, len(tokens), -cost)
+        if len(path) < max_depth and len(tokens) < max_nodes:
+            push(path, ranks, len(tokens), -cost)
     return Candidates(tokens, parents, probs)
 
 

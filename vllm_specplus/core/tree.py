@@ -162,8 +162,8 @@ class TreeBatch:
             masks[r, :n] = _words(tree.ancestors(), words)
         num_nodes = np.array([len(tree) for tree in trees], dtype=np.int64)
         arrays = (tokens, parents, depths, num_nodes, masks.view(np.int64))
-        kind = kinds.pop() if kinds else QKind.DETERMINISTIC
-        return cls(*(torch.from_numpy(a).to(device) for a in arrays), kind)
+        t, p, d, n, m = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls(t, p, d, n, m, kinds.pop() if kinds else QKind.DETERMINISTIC)
 
     def valid(self) -> torch.Tensor:
         """bool [num_reqs, num_rows]: the rows that are no padding."""

@@ -89,6 +89,8 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Keeps the cache in a layout that tree attention reads ("vec"; AMX and others pack it)."""
 
+    isa: str
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.isa not in _VEC_LAYOUTS:
@@ -101,14 +103,6 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """Causal attention by vLLM, tree rows by the tree attention kernel."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.alibi_slopes is not None:
-            raise NotImplementedError(
-                "speculative_tree is not built for models with ALiBi attention; "
-                "use speculative_tree='chain'"
-            )
 
     def forward(
         self,

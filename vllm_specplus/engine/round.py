@@ -122,19 +122,15 @@ class SpecRound:
 
         row_ms: what a row costs beyond the target's forward pass.
         """
-        least = self.budget.min_prob(len(requests))
+        least = self.budget.min_probs([request.req_id for request in requests])
         asked = [
-            replace(request, min_prob=least)
-            for request in requests
-            if min(request.max_nodes, request.max_depth) > 0 and self.budget.due(request.req_id)
+            replace(request, min_prob=prob)
+            for request, prob in zip(requests, least, strict=True)
+            if prob < 1 and min(request.max_nodes, request.max_depth) > 0
         ]
         drafts = dict(zip((r.req_id for r in asked), self.proposer.propose(asked), strict=True))
         shaped = [self._shape(drafts.get(r.req_id, Candidates()), r) for r in requests]
-        counts = self.budget.allocate(
-            [candidates.probs for candidates in shaped],
-            [request.req_id for request in requests],
-            [row_ms] * len(requests),
-        )
+        counts = self.budget.allocate([c.probs for c in shaped], [row_ms] * len(requests))
         return [candidates.tree(n) for candidates, n in zip(shaped, counts, strict=True)]
 
     def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
@@ -145,7 +141,6 @@ class SpecRound:
     def forget(self, req_id: str) -> None:
         """Drops all state of a finished request."""
         self.proposer.forget(req_id)
-        self.budget.forget(req_id)
 
     def _shape(self, candidates: Candidates, request: DraftRequest) -> Candidates:
         if request.chain_only:

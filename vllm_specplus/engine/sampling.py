@@ -1,8 +1,8 @@
 """The target's token at every row of a step, drawn by vLLM's own sampler.
 
 A tree row is sampled as if it were a request of its own whose history ends with the row's
-ancestors. So temperature, top-k, top-p, min-p, penalties, logit bias, bad words, min_tokens, allowed
-tokens, logprobs and seeds mean on trees what they mean without speculation.
+ancestors. So temperature, top-k, top-p, min-p, penalties, logit bias, bad words, min_tokens,
+allowed tokens, logprobs and seeds mean on trees what they mean without speculation.
 
 Seeds: vLLM draws once per emitted token from a request's generator. A row at depth d uses the draw
 that the plain stream would use d tokens later, and afterwards the generator has advanced by the

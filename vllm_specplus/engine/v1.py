@@ -36,6 +36,9 @@ from vllm_specplus.engine.round import Moves, SpecRound, Staged
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows, tracks_thinking
 from vllm_specplus.proposers.base import DraftRequest
 
+_MOST_ROWS_TIMED = 128
+"""Beyond these rows drafts never pay on a CPU."""
+
 
 class TreeDrafter:
     """What vLLM's `custom_class` method instantiates: the round of this engine."""
@@ -55,13 +58,12 @@ class TreeDrafter:
 class _Step:
     """What a step carries from one hook to the next."""
 
-    drafts: dict[str, Tree]
-    trees: list[Tree] = field(default_factory=list)
-    staged: Staged | None = None
-    slot_mappings: dict[int, torch.Tensor] = field(default_factory=dict)
-    on_path: torch.Tensor | None = None
-    moves: Moves | None = None
-    way: str = "argmax"
+    trees: list[Tree]
+    staged: Staged
+    slot_mappings: dict[int, torch.Tensor] = field(init=False)
+    way: str = field(init=False)
+    on_path: torch.Tensor = field(init=False)
+    moves: Moves = field(init=False)
 
 
 class SpecPlusCPUModelRunner(CPUModelRunner):
@@ -70,10 +72,18 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.round: SpecRound = self.drafter.round
-        self._step: _Step | None = None
+        self._drafts: dict[str, Tree] = {}
+        self._current: _Step | None = None
         self._commit_plans: dict[int, KVCommitPlan] = {}
         self._clock = StepClock(self.round.budget)
         self._seeds = torch.Generator().manual_seed(vllm_config.model_config.seed)
+
+    @property
+    def _step(self) -> _Step:
+        assert self._current is not None, "the hook was called outside a step"
+        return self._current
+
+    # Start-up.
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with registered_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend):
@@ -83,19 +93,36 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kw)
         layers = self.compilation_config.static_forward_context
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            caches = {layers[name].kv_cache.data_ptr(): layers[name].kv_cache for name in group.layer_names}
-            self._commit_plans[gid] = KVCommitPlan([v for c in caches.values() for v in kv_views(c)])
+            caches = [layers[name].kv_cache for name in group.layer_names]
+            distinct = {cache.data_ptr(): cache for cache in caches}.values()
+            self._commit_plans[gid] = KVCommitPlan([v for c in distinct for v in kv_views(c)])
+
+    @torch.inference_mode()
+    def measure_step_costs(self, repeats: int = 3) -> None:
+        """Tells the row budget what the target's forward pass costs at 1, 2, 4, ... rows.
+
+        Attention and the host's work are left out: the budget learns them while serving.
+        """
+        most = self.max_num_reqs * (1 + self.num_spec_tokens)
+        most = min(most, self.max_num_tokens, _MOST_ROWS_TIMED)
+        points = sorted({min(1 << i, most) for i in range(_MOST_ROWS_TIMED.bit_length())})
+        self.round.budget.measured(
+            {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
+        )
+
+    def _time_rows(self, rows: int) -> float:
+        start = time.perf_counter()
+        hidden_states, _ = self._dummy_run(rows)
+        self.model.compute_logits(hidden_states[:rows])
+        return 1e3 * (time.perf_counter() - start)
 
     # Stage.
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        drafts = {
-            req_id: Tree.decode(codes)
-            for req_id, codes in scheduler_output.scheduled_spec_decode_tokens.items()
-        }
-        tokens = {req_id: list(tree.tokens) for req_id, tree in drafts.items()}
-        self._step = _Step(drafts)
         self._clock.start()
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._drafts = {req_id: Tree.decode(codes) for req_id, codes in drafts.items()}
+        tokens = {req_id: list(tree.tokens) for req_id, tree in self._drafts.items()}
         scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens=tokens)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
@@ -115,27 +142,24 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             index = self.input_batch.req_id_to_index[req_id]
             self.input_batch.generators[index] = state.generator
 
-    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled: Any) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled)
-        step = self._step
-        step.trees = [step.drafts.get(req_id, Tree()) for req_id in self.input_batch.req_ids]
-        step.staged = self.round.stage(
-            step.trees, self.query_start_loc.np[: self.input_batch.num_reqs + 1]
-        )
-        if step.staged.branching:
-            step.staged.tree_positions(self.positions)
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_inputs(*args, **kwargs)
+        trees = [self._drafts.get(req_id, Tree()) for req_id in self.input_batch.req_ids]
+        staged = self.round.stage(trees, self.query_start_loc.np[: len(trees) + 1])
+        if staged.branching:
+            staged.tree_positions(self.positions)
             if self.uses_mrope:
-                step.staged.tree_positions(self.mrope_positions.gpu)
+                staged.tree_positions(self.mrope_positions.gpu)
+        self._current = _Step(trees, staged)
         return prepared
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         built = super()._build_attention_metadata(*args, **kwargs)
-        step = self._step
-        if step is not None:
+        if self._current is not None:
+            step, num_reqs, num_tokens = self._step, kwargs["num_reqs"], kwargs["num_tokens"]
             step.slot_mappings = kwargs["slot_mappings"]
             if step.staged.branching:
                 groups = {id(group): group for group in built[0].values()}.values()
-                num_reqs, num_tokens = kwargs["num_reqs"], kwargs["num_tokens"]
                 context_lens = self.num_computed_tokens[:num_reqs]
                 attach_tree(groups, step.staged, self.positions[:num_tokens], context_lens)
         return built
@@ -143,27 +167,30 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     # Verify and commit.
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
-        step = self._step
-        sources = [self._row_source(r, t) for r, t in zip(self.input_batch.req_ids, step.trees, strict=True)]
-        start = time.perf_counter()
-        samples = sample_rows(self.sampler, logits, self.input_batch.sampling_metadata, sources)
-        self._clock.sampled(samples.way, len(logits), time.perf_counter() - start)
-        step.way = samples.way
+        step, rows = self._step, self._step.staged.logits_index
+        samples = self._draw(logits)
         step.on_path = self.round.verify(step.staged, samples.tokens)
         self._advance_generators(samples, step.on_path)
         step.moves = self.round.commit(step.staged, step.on_path)
         if len(step.moves):
             for gid, slots in step.slot_mappings.items():
                 self._commit_plans[gid](slots[step.moves.source], slots[step.moves.target])
-        rows = step.staged.logits_index
         return SamplerOutput(
             sampled_token_ids=samples.tokens[rows].where(step.on_path, -1).int(),
             logprobs_tensors=_take(samples.logprobs, rows.flatten()),
         )
 
-    def _row_source(self, req_id: str, tree: Tree) -> RowSource:
-        state = self.requests[req_id]
-        return RowSource(state.sampling_params, state.prompt_token_ids, state.output_token_ids, tree)
+    def _draw(self, logits: torch.Tensor) -> RowSamples:
+        step, states = self._step, [self.requests[req_id] for req_id in self.input_batch.req_ids]
+        sources = [
+            RowSource(state.sampling_params, state.prompt_token_ids, state.output_token_ids, tree)
+            for state, tree in zip(states, step.trees, strict=True)
+        ]
+        start = time.perf_counter()
+        samples = sample_rows(self.sampler, logits, self.input_batch.sampling_metadata, sources)
+        step.way = samples.way
+        self._clock.sampled(step.way, len(logits), time.perf_counter() - start)
+        return samples
 
     def _advance_generators(self, samples: RowSamples, on_path: torch.Tensor) -> None:
         emitted = on_path.sum(1).numpy()
@@ -171,8 +198,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         samples.advance(self.input_batch.generators, np.where(discarded, 0, emitted).tolist())
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        # vLLM rewinds the generators of prompt chunks, which CPU generators cannot; ours have not
-        # moved.
+        # vLLM rewinds the generators of prompt chunks, which CPU generators cannot do; ours have
+        # not moved.
         generators = self.input_batch.generators
         hidden = dict(generators)
         generators.clear()
@@ -196,69 +223,47 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         aux_hidden_states: list[torch.Tensor] | None,
         *args: Any,
     ) -> list[list[int]]:
-        step, self._step = self._step, None
-        if len(step.moves):
-            for rows in (hidden_states, *(aux_hidden_states or ()), self.input_ids.gpu, self.positions):
-                rows[step.moves.target] = rows[step.moves.source]
+        step, self._current = self._step, None
+        self._commit_rows([hidden_states, *(aux_hidden_states or ())], step.moves)
         req_ids = self.input_batch.req_ids
         for req_id, tree, on_path in zip(req_ids, step.trees, step.on_path.tolist(), strict=True):
             self.round.observe(req_id, tree, [row for row, on in enumerate(on_path) if on and row])
         thinking = tracks_thinking(sampling_metadata)
         requests = [
-            self._draft_request(i, r, bool(s) and not thinking)
-            for i, (r, s) in enumerate(zip(req_ids, sampled_token_ids, strict=True))
+            self._draft_request(index, req_id, may_draft=bool(sampled) and not thinking)
+            for index, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=True))
         ]
         drafts = self.round.propose(requests, self._clock.row_ms(step.way))
-        num_rows = scheduler_output.total_num_scheduled_tokens
         decoding = bool(step.staged.is_tree.all())
-        self._clock.stop(num_rows if decoding else None, bool(step.drafts))
+        num_rows = scheduler_output.total_num_scheduled_tokens if decoding else None
+        self._clock.stop(num_rows, drafted=bool(self._drafts))
         return [tree.encode() for tree in drafts]
+
+    def _commit_rows(self, hidden_states: list[torch.Tensor], moves: Moves) -> None:
+        """The accepted path's hidden states, input ids and positions, in contiguous rows."""
+        if len(moves):
+            for rows in (*hidden_states, self.input_ids.gpu, self.positions):
+                rows[moves.target] = rows[moves.source]
 
     def _draft_request(self, index: int, req_id: str, may_draft: bool) -> DraftRequest:
         state = self.requests[req_id]
         params = state.sampling_params
         num_tokens = int(self.input_batch.num_tokens_no_spec[index])
-        left = self.max_model_len - num_tokens - 1
+        room = self.max_model_len - num_tokens - 1
+        max_depth = min(room, self.round.max_depth)
         if params.max_tokens is not None:
-            max_depth = min(left, params.max_tokens - len(state.output_token_ids) - 1)
-        else:
-            max_depth = left
+            max_depth = min(max_depth, params.max_tokens - len(state.output_token_ids) - 1)
         return DraftRequest(
             req_id=req_id,
             token_ids=self.input_batch.token_ids_cpu[index, :num_tokens],
-            max_depth=min(max_depth, self.round.max_depth) if may_draft else 0,
-            max_nodes=min(left, self.num_spec_tokens),
+            max_depth=max_depth if may_draft else 0,
+            max_nodes=min(room, self.num_spec_tokens),
             chain_only=params.structured_outputs is not None,
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self.round.forget(req_id)
-
-    # Start-up.
-
-    @torch.inference_mode()
-    def measure_step_costs(self, repeats: int = 3) -> None:
-        """Tells the row budget what the target's forward pass costs at a few row counts.
-
-        Attention and the host's work are left out: the budget learns them while serving.
-        """
-        most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
-        self.round.budget.measured(
-            {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in _points(most)}
-        )
-
-    def _time_rows(self, rows: int) -> float:
-        start = time.perf_counter()
-        hidden_states, _ = self._dummy_run(rows)
-        self.model.compute_logits(hidden_states[:rows])
-        return 1e3 * (time.perf_counter() - start)
-
-
-def _points(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`, but no more than 128: beyond that drafts never pay."""
-    most = min(most, 128)
-    return sorted({min(1 << i, most) for i in range(8)})
 
 
 def _take(logprobs: LogprobsTensors | None, rows: torch.Tensor) -> LogprobsTensors | None:

@@ -13,11 +13,6 @@ class SpecPlusCPUWorker(CPUWorker):
     """vLLM's CPU worker around `SpecPlusCPUModelRunner`."""
 
     def init_device(self) -> None:
-        if self.use_v2_model_runner:
-            raise NotImplementedError(
-                "speculative_tree is built for vLLM's V1 CPU runner, but VLLM_USE_V2_MODEL_RUNNER=1 "
-                "selects V2; unset it or use speculative_tree='chain'"
-            )
         with scoped(cpu_worker, "CPUModelRunner", SpecPlusCPUModelRunner):
             super().init_device()
 

@@ -1,1 +1,3 @@
 """Drafting methods: one file each, registered by name."""
+
+from vllm_specplus.proposers import ngram as ngram  # registers itself

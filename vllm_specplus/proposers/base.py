@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.core.growth import Candidates
+from vllm_specplus.config import Chain, SpecPlusConfig, StaticTree
+from vllm_specplus.core.growth import Candidates, Path, chain_paths
 from vllm_specplus.core.tree import Tree
 
 
@@ -21,6 +21,7 @@ class DraftRequest:
     of the host's buffer, valid during the call only.
     max_depth, max_nodes: bounds for this request in this step (length limits included).
     chain_only: its candidates will be cut to a chain (structured output).
+    min_prob: nodes less probable than this cannot pay in this step and need not be proposed.
     """
 
     req_id: str
@@ -28,6 +29,7 @@ class DraftRequest:
     max_depth: int
     max_nodes: int
     chain_only: bool = False
+    min_prob: float = 0.0
 
 
 class Proposer(ABC):
@@ -35,6 +37,13 @@ class Proposer(ABC):
 
     def __init__(self, config: SpecPlusConfig) -> None:
         self.config = config
+        self._chain = frozenset(chain_paths(config.num_speculative_tokens))
+        self._paths = frozenset(config.tree.paths) if isinstance(config.tree, StaticTree) else None
+
+    def paths(self, request: DraftRequest) -> Collection[Path] | None:
+        """The static paths that the request's tree is cut to; None if it grows freely."""
+        chain = request.chain_only or isinstance(self.config.tree, Chain)
+        return self._chain if chain else self._paths
 
     @abstractmethod
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:

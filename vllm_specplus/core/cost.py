@@ -1,0 +1,65 @@
+"""What a step costs by its number of rows: measured at start-up, corrected while serving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+_FORGET = 0.98
+_OUTLIER = 1.3
+_TOGETHER = 0.01
+_LEAST_SLOPE = 0.2
+_FAR = 1_000_000
+
+
+class CostModel:
+    """Milliseconds per step: linear between the measured points, and beyond them as at the end.
+
+    step_ms: total rows -> ms, one point or more; made monotone.
+    spec_ms: what a step with drafts takes on top, however many rows it has.
+    """
+
+    def __init__(self, step_ms: Mapping[int, float], spec_ms: float = 0.0) -> None:
+        rows, ms = np.array(sorted(step_ms.items()), dtype=np.float64).T
+        ms = np.maximum.accumulate(ms)
+        if len(rows) > 1:
+            slope = (ms[-1] - ms[-2]) / (rows[-1] - rows[-2])
+            rows, ms = np.append(rows, rows[-1] + _FAR), np.append(ms, ms[-1] + slope * _FAR)
+        self.spec_ms = spec_ms
+        self._rows, self._fixed_ms, self._row_ms = rows, ms[0], ms - ms[0]
+        self._fixed, self._slope = 1.0, 1.0
+        self._moments = np.zeros((2, 3))
+
+    def step_ms(self, rows: np.ndarray | int) -> np.ndarray:
+        """ms of steps with so many rows, `spec_ms` left out: float64, the shape of `rows`."""
+        row_ms = np.interp(rows, self._rows, self._row_ms)
+        return self._fixed * self._fixed_ms + self._slope * row_ms
+
+    def min_prob(self, num_reqs: int) -> float:
+        """A node of a smaller probability cannot raise the tokens per time of `num_reqs` requests.
+
+        A chosen node brings at least the rate of plain decoding times the cost of its row, and no
+        row costs less than on the flattest stretch of the curve.
+        """
+        ahead = self._rows > num_reqs
+        slopes = np.diff(self._row_ms) / np.diff(self._rows)
+        flattest = float(slopes[ahead[1:]].min(initial=np.inf)) if ahead.any() else 0.0
+        return self._slope * flattest * num_reqs / float(self.step_ms(num_reqs))
+
+    def observe(self, rows: int, ms: float) -> None:
+        """Corrects the fixed and the per-row part by a real step, `spec_ms` left out.
+
+        Least squares over the last 50 steps or so. Both parts are taken to err alike, as they do
+        on a busy machine, unless the steps say otherwise. Outliers are clipped.
+        """
+        predicted = float(self.step_ms(rows))
+        ms = min(max(ms, predicted / _OUTLIER), predicted * _OUTLIER)
+        parts = np.array([self._fixed_ms, np.interp(rows, self._rows, self._row_ms)])
+        self._moments = _FORGET * self._moments + np.outer(parts, [*parts, ms])
+        (a, b, y), (_, c, z) = self._moments.tolist()
+        ridge = _TOGETHER * a
+        a, b, c = a + ridge, b - ridge, c + ridge
+        det = a * c - b * b
+        self._fixed = (c * y - b * z) / det
+        self._slope = max((a * z - b * y) / det, _LEAST_SLOPE)

@@ -1,0 +1,1 @@
+"""Where vLLM is touched: options, patches, refusals, and the engines that run token trees."""

