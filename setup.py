@@ -74,7 +74,7 @@ setup(
         Extension("specplus_kernels._cpu_kernels", SOURCES, depends=HEADERS, optional=True)
     ],
     cmdclass={"build_ext": BuildKernels},
-    install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "rich>=13"],
+    install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "rich>=13", "typer>=0.15", "wrapt>=1.16"],
     extras_require={
         "dev": [
             "pytest>=8",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 import numpy as np
 
@@ -23,7 +22,6 @@ MARGIN = 0.02
 """By how much drafting must promise to beat plain decoding, as estimates err."""
 _FAIRNESS = 16
 _REFILL_RATE = 0.1
-_PATIENCE, _EVERY = 8, 4
 
 
 def allocate(
@@ -61,20 +59,14 @@ def allocate(
 
 @dataclass(slots=True)
 class _Pace:
-    """One request's steps and what they were expected to yield, and how long it got no rows."""
+    """One request's steps, and the tokens that it was expected to get in them."""
 
     num_steps: int = 4
     num_tokens: float = 4.0
-    idle_steps: int = 0
 
     def step(self, granted: Sequence[float]) -> None:
         self.num_steps += 1
         self.num_tokens += 1 + sum(granted)
-        self.idle_steps = 0 if granted else self.idle_steps + 1
-
-    @property
-    def due(self) -> bool:
-        return self.idle_steps < _PATIENCE or self.idle_steps % _EVERY == 0
 
 
 class RowBudget:
@@ -101,17 +93,12 @@ class RowBudget:
             self.cost.observe(num_rows, ms - drafted * self.cost.spec_ms)
 
     def min_probs(self, req_ids: Sequence[str]) -> list[float]:
-        """Opens a step: what a node of each request must promise to pay; infinite: do not look.
-
-        Looking costs time too, so a request that got no rows for 8 steps is due every 4th step.
-        """
+        """Opens a step: what a node of each request must promise; from 1 on, looking is useless."""
         self._follow(req_ids)
         if self.cost is None or not req_ids:
             return [0.0] * len(req_ids)
         self._weights = self._worth(self.cost)
-        bounds = (self.cost.min_prob(len(req_ids)) / self._weights).tolist()
-        paces = self._paces.values()
-        return [p if pace.due and p < 1 else inf for p, pace in zip(bounds, paces, strict=True)]
+        return (self.cost.min_prob(len(req_ids)) / self._weights).tolist()
 
     def allocate(
         self,
@@ -136,10 +123,10 @@ class RowBudget:
         self._paces = paces
 
     def _worth(self, cost: CostModel) -> np.ndarray:
-        """What a token of each request is worth, next to its share of a step: [num_reqs] <= 1."""
+        """What a token of each request is worth, as a part of its share of a step: [num_reqs]."""
         num_reqs = len(self._paces)
         ms, half_ms = cost.step_ms(np.array([num_reqs, num_reqs // 2]))
-        own_rows = float((ms - half_ms) / (num_reqs - num_reqs // 2) * num_reqs / ms)
+        own_rows = min((ms - half_ms) / (num_reqs - num_reqs // 2) * num_reqs / ms, 1.0)
         pace = np.array([p.num_tokens / p.num_steps for p in self._paces.values()])
         last = (pace.min() / pace) ** _FAIRNESS
         alone = own_rows + (1 - own_rows) * last

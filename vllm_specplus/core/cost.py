@@ -23,10 +23,10 @@ class CostModel:
     def __init__(self, step_ms: Mapping[int, float], spec_ms: float = 0.0) -> None:
         rows, ms = np.array(sorted(step_ms.items()), dtype=np.float64).T
         ms = np.maximum.accumulate(ms)
-        if len(rows) > 1:
-            slope = (ms[-1] - ms[-2]) / (rows[-1] - rows[-2])
-            rows, ms = np.append(rows, rows[-1] + _FAR), np.append(ms, ms[-1] + slope * _FAR)
+        slope = (ms[-1] - ms[-2]) / (rows[-1] - rows[-2]) if len(rows) > 1 else 0.0
+        rows, ms = np.append(rows, rows[-1] + _FAR), np.append(ms, ms[-1] + slope * _FAR)
         self.spec_ms = spec_ms
+        self._slopes = np.diff(ms) / np.diff(rows)
         self._rows, self._fixed_ms, self._row_ms = rows, ms[0], ms - ms[0]
         self._fixed, self._slope = 1.0, 1.0
         self._moments = np.zeros((2, 3))
@@ -42,10 +42,8 @@ class CostModel:
         A chosen node brings at least the rate of plain decoding times the cost of its row, and no
         row costs less than on the flattest stretch of the curve.
         """
-        ahead = self._rows > num_reqs
-        slopes = np.diff(self._row_ms) / np.diff(self._rows)
-        flattest = float(slopes[ahead[1:]].min(initial=np.inf)) if ahead.any() else 0.0
-        return self._slope * flattest * num_reqs / float(self.step_ms(num_reqs))
+        flattest = self._slopes[np.searchsorted(self._rows[1:], num_reqs, side="right") :].min()
+        return float(self._slope * flattest * num_reqs / self.step_ms(num_reqs))
 
     def observe(self, rows: int, ms: float) -> None:
         """Corrects the fixed and the per-row part by a real step, `spec_ms` left out.

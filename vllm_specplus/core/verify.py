@@ -35,7 +35,7 @@ def match(trees: TreeBatch, target_tokens: torch.Tensor) -> torch.Tensor:
             "use rule 'rejection', 'block' or 'traversal'"
         )
     wanted = target_tokens.gather(1, trees.parents.clamp(min=0))
-    missed = trees.tokens != wanted
+    missed = (trees.tokens != wanted) | (trees.tokens < 0)
     missed[:, 0] = False
     off_path = (trees.ancestor_mask & _pack(missed)[:, None]).ne(0).any(-1)
     return trees.valid() & ~off_path

