@@ -47,7 +47,8 @@ void move_rows(const Cache &cache, const std::vector<Move> &moves) {
   T *data = (T *)cache.data;
   for (int64_t head = 0; head < cache.num_heads; ++head, data += cache.head) {
     if (cache.dim == 1)
-      for (const auto &[src, dst] : at) memmove(data + dst, data + src, cache.head_size * sizeof(T));
+      for (const auto &[src, dst] : at)
+        memmove(data + dst, data + src, cache.head_size * sizeof(T));
     else
       move_head(data, cache.dim, cache.head_size, (const int64_t(*)[2])at.data(), at.size());
   }

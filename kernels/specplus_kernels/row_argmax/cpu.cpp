@@ -11,8 +11,8 @@
 namespace specplus {
 namespace {
 
-constexpr int64_t CHUNK = 4096;           // columns: the second pass reads one chunk from L1
-constexpr int64_t SERIAL_BYTES = 256000;  // below this one thread is faster than waking more
+constexpr int64_t CHUNK = 4096;            // columns: the second pass reads one chunk from L1
+constexpr int64_t SERIAL_BYTES = 1 << 20;  // below this waking threads gains nothing
 
 struct Params {
   int64_t logits, out, num_rows, vocab_size, row_stride, dtype;
@@ -57,8 +57,10 @@ void row_argmax(const Params &p) {
     maxima[i] = chunk_maximum(logits + row * p.row_stride + begin,
                               std::min(CHUNK, p.vocab_size - begin));
   }
-  for (int64_t row = 0; row < p.num_rows; ++row)
-    out[row] = finish_row(logits + row * p.row_stride, maxima.data() + row * num_chunks, num_chunks);
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const float *of_row = maxima.data() + row * num_chunks;
+    out[row] = finish_row(logits + row * p.row_stride, of_row, num_chunks);
+  }
 }
 
 }  // namespace

@@ -19,10 +19,10 @@
 namespace specplus {
 namespace {
 
-constexpr int TILE = 64;         // slots of a key tile: the bits of a word
+constexpr int TILE = 64;                    // slots of a key tile: the bits of a word
 constexpr int MAX_ROWS = ACCUMULATORS / 2;  // rows of a register tile
-constexpr int MAX_SUBTILES = 4;  // register tiles of an item: they share K and V in L1 and L2
-constexpr int WORDS = 3;         // ancestor words of a row and one of zeros
+constexpr int MAX_SUBTILES = 4;             // register tiles of an item: they share K and V in L2
+constexpr int WORDS = 3;                    // ancestor words of a row and one of zeros
 constexpr float LOG2E = 1.44269504f;
 constexpr double SERIAL_WORK = 1.5e6;  // multiply-adds below which waking threads costs more
 
@@ -38,7 +38,7 @@ struct Params {
 };
 
 struct Item {
-  int request, kv_head, first, count;  // rows [first, first + count) of the request's rows x group
+  int64_t request, kv_head, first, count;  // rows [first, first + count) of request x group
 };
 
 struct Row {  // one (query row, head) of an item
@@ -158,13 +158,13 @@ class Worker {
     num_rows = starts[item.request + 1] - first_token;
     context = ((const int32_t *)p.context_lens)[item.request];
     table = (const int32_t *)p.block_table + item.request * p.table_row;
-    for (int i = 0; i < item.count; ++i) begin_row(item, i);
+    for (int64_t i = 0; i < item.count; ++i) begin_row(item, i);
     std::fill_n(output.get(), (item.count + MAX_ROWS - 1) * p.head_size, 0.0f);
     int64_t low = context;
-    for (int i = 0; i < item.count; ++i) low = std::min(low, rows[i].low);
+    for (int64_t i = 0; i < item.count; ++i) low = std::min(low, rows[i].low);
     int64_t end = context + num_rows;
     for (int64_t slot = low / TILE * TILE; slot < end;) slot = walk_tile(item, slot, end);
-    for (int i = 0; i < item.count; ++i) end_row(i);
+    for (int64_t i = 0; i < item.count; ++i) end_row(i);
   }
 
  private:
@@ -176,9 +176,9 @@ class Worker {
   int64_t first_token, num_rows, context;
   const int32_t *table;
 
-  static int tile_rows(int left) { return left > 4 ? 8 : left > 2 ? 4 : left; }
+  static int tile_rows(int64_t left) { return left > 4 ? 8 : left > 2 ? 4 : left; }
 
-  void begin_row(const Item &item, int i) {
+  void begin_row(const Item &item, int64_t i) {
     Row &row = rows[i];
     int64_t group = p.num_heads / p.num_kv_heads, index = item.first + i;
     row.token = first_token + index / group;
@@ -187,14 +187,14 @@ class Worker {
     row.peak = p.sinks ? ((const float *)p.sinks)[row.head] * LOG2E : -INFINITY;
     row.norm = p.sinks ? 1.0f : 0.0f;
     see_tail(row);
-    int subtile = i / MAX_ROWS, lane = i % MAX_ROWS;
-    int width = tile_rows(std::min(MAX_ROWS, item.count - subtile * MAX_ROWS));
+    int64_t subtile = i / MAX_ROWS, lane = i % MAX_ROWS;
+    int width = tile_rows(std::min<int64_t>(MAX_ROWS, item.count - subtile * MAX_ROWS));
     float *to = queries.get() + subtile * MAX_ROWS * p.head_size;
     const T *from = (const T *)p.query + row.token * p.query_row + row.head * p.query_head;
     float scale = float(p.scale) * (p.soft_cap != 0 ? 1.0f : LOG2E);
     for (int64_t d = 0; d < p.head_size; ++d) to[d * width + lane] = to_float(from[d]) * scale;
     if (i == item.count - 1)  // rows that only pad the register tile
-      for (int pad = lane + 1; pad < width; ++pad)
+      for (int64_t pad = lane + 1; pad < width; ++pad)
         for (int64_t d = 0; d < p.head_size; ++d) to[d * width + pad] = 0.0f;
   }
 
@@ -239,8 +239,8 @@ class Worker {
     int64_t at = table[slot / p.block_size] * p.cache_block + item.kv_head * p.cache_head;
     const T *k = (const T *)p.key + at + offset;
     const T *v = (const T *)p.value + at + offset * p.head_size;
-    for (int i = 0; i < item.count; i += MAX_ROWS) {
-      int left = std::min(MAX_ROWS, item.count - i);
+    for (int64_t i = 0; i < item.count; i += MAX_ROWS) {
+      int64_t left = std::min<int64_t>(MAX_ROWS, item.count - i);
       switch (tile_rows(left)) {
         case 8: attend<8>(i, left, k, v, slot, size); break;
         case 4: attend<4>(i, left, k, v, slot, size); break;
@@ -252,7 +252,7 @@ class Worker {
   }
 
   template <int ROWS>
-  void attend(int first, int count, const T *k, const T *v, int64_t slot, int64_t size) {
+  void attend(int64_t first, int64_t count, const T *k, const T *v, int64_t slot, int64_t size) {
     uint64_t words[ROWS] = {}, some = 0, all = ~0ull;
     uint64_t inside = size == 64 ? ~0ull : (1ull << size) - 1;
     for (int r = 0; r < count; ++r) {
@@ -285,7 +285,7 @@ class Worker {
       add_values<T, ROWS, 1>(scores, v + d, p.head_size, some, all, decay, out + d);
   }
 
-  void end_row(int i) {
+  void end_row(int64_t i) {
     const Row &row = rows[i];
     T *to = (T *)p.out + row.token * p.out_row + row.head * p.out_head;
     const float *from = output.get() + i * p.head_size;
@@ -326,10 +326,10 @@ void list_items(const Params &p, int64_t request, int subtiles, Work &work) {
   int64_t slots = ((const int32_t *)p.context_lens)[request] + rows;
   if (p.window) slots = std::min(slots, p.window + rows);
   work.multiply_adds += 2.0 * rows * p.num_heads * slots * p.head_size;
-  int size = subtiles * MAX_ROWS;
-  for (int head = 0; head < p.num_kv_heads; ++head)
+  int64_t size = subtiles * MAX_ROWS;
+  for (int64_t head = 0; head < p.num_kv_heads; ++head)
     for (int64_t first = 0; first < grouped; first += size)
-      work.items.push_back({int(request), head, int(first), int(std::min<int64_t>(size, grouped - first))});
+      work.items.push_back({request, head, first, std::min(size, grouped - first)});
 }
 
 template <typename T>

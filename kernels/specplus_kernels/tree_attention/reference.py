@@ -71,15 +71,22 @@ def _visible(
 
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """The first `num_slots` slots of one request, [num_slots, num_kv_heads, head_size] fp32."""
-    block_size = cache.shape[1]
-    num_blocks = -(-num_slots // block_size)
-    return cache[blocks[:num_blocks].long()].flatten(0, 1)[:num_slots].float()
+    """The first `num_slots` slots of one request, [num_kv_heads, num_slots, head_size] fp32.
+
+    Copies along the dimension that is contiguous in memory: the slots in vLLM's CPU keys, else
+    the head.
+    """
+    picked = blocks[: -(-num_slots // cache.shape[1])].long()
+    if cache.stride(1) == 1:
+        gathered = cache.permute(0, 2, 3, 1)[picked].permute(1, 2, 0, 3).flatten(2).mT
+    else:
+        gathered = cache.transpose(1, 2)[picked].transpose(0, 1).flatten(1, 2)
+    return gathered[:, :num_slots].float()
 
 
 def _attend(
     query: torch.Tensor,  # [num_rows, num_heads, head_size]
-    keys: torch.Tensor,  # [num_slots, num_kv_heads, head_size] fp32
+    keys: torch.Tensor,  # [num_kv_heads, num_slots, head_size] fp32
     values: torch.Tensor,
     visible: torch.Tensor,  # [num_rows, num_slots] bool
     scale: float,
@@ -87,20 +94,33 @@ def _attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # [num_rows, num_heads, head_size] fp32
     num_rows, num_heads, head_size = query.shape
-    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     num_kv_heads, group = len(keys), num_heads // len(keys)
+    shape = (num_kv_heads, group, num_rows, visible.shape[1])
     grouped = query.float().view(num_rows, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
-    scores = torch.matmul(grouped, keys[:, None].mT) * scale  # [kv_heads, group, rows, slots]
+    grouped = grouped.reshape(num_kv_heads, group * num_rows, head_size)
+    scores = torch.bmm(grouped, keys.mT).view(shape) * scale
     if logits_soft_cap:
         scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
-        sink = sinks.float().view(num_kv_heads, group, 1, 1).expand(*scores.shape[:3], 1)
+        sink = sinks.float().view(num_kv_heads, group, 1, 1).expand(*shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : visible.shape[1]].masked_fill(~visible, 0.0)
-    attended = torch.matmul(weights, torch.nan_to_num(values, 0.0, 0.0, 0.0)[:, None])
-    broken = ~torch.isfinite(values)
-    if broken.any():  # only the rows that see a non-finite value may become NaN
-        touched = torch.matmul(visible.float(), broken.float())[:, None] > 0
-        attended = attended.masked_fill(touched, torch.nan)
+    weights = torch.softmax(scores, dim=-1)[..., : shape[3]].masked_fill(~visible, 0.0)
+    attended = _mix(weights, values, visible)
     return attended.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_size)
+
+
+def _mix(
+    weights: torch.Tensor,  # [num_kv_heads, group, num_rows, num_slots], 0 where masked
+    values: torch.Tensor,  # [num_kv_heads, num_slots, head_size], a copy of the cache
+    visible: torch.Tensor,
+) -> torch.Tensor:  # [num_kv_heads, group, num_rows, head_size]
+    flat, shape = weights.flatten(1, 2), (*weights.shape[:3], values.shape[2])
+    values.masked_fill_(~visible.any(0)[:, None], 0.0)
+    mixed = torch.bmm(flat, values).view(shape)
+    if mixed.isfinite().all():
+        return mixed
+    # A value that some rows see is not finite: the others saw it as 0 * NaN.
+    mixed = torch.bmm(flat, values.nan_to_num(0.0, 0.0, 0.0)).view(shape)
+    touched = torch.matmul(visible.float(), (~values.isfinite()).float()) > 0
+    return mixed.masked_fill(touched[:, None], torch.nan)

@@ -1,0 +1,147 @@
+"""Random tree-attention problems, and their answer from first principles in float64.
+
+The answer knows parents, not ancestor words: it walks from each row to the root.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from specplus_kernels import tree_attention
+
+
+def chain(rows: int) -> list[int]:
+    return list(range(-1, rows - 1))
+
+
+def star(rows: int) -> list[int]:
+    return [-1] + [0] * (rows - 1)
+
+
+def full(rows: int) -> list[int]:
+    return [(row - 1) // 2 if row else -1 for row in range(rows)]
+
+
+def random_tree(rows: int) -> list[int]:
+    return [-1] + [int(torch.randint(row, ())) for row in range(1, rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A batch of trees over a cache whose unused slots hold NaN."""
+
+    parents: list[list[int]]  # per request and row, -1 for the root
+    contexts: list[int]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 32
+    dtype: torch.dtype = torch.float32
+    vec_layout: bool = True
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, **changes: Any) -> torch.Tensor:
+        """The op's output; rows that it does not write are NaN."""
+        out = torch.full_like(self.tensors["query"], torch.nan)
+        given = {"scale": self.head_size**-0.5, "out": out, **self.tensors, **self.options}
+        return tree_attention(**{**given, **changes})
+
+    def path(self, req: int, row: int) -> list[int]:
+        """The rows from `row` up to the root of its request."""
+        rows = []
+        while row >= 0:
+            rows.append(row)
+            row = self.parents[req][row]
+        return rows
+
+    def slot(self, req: int, index: int) -> tuple[int, int]:
+        """Block and offset of a logical slot."""
+        block = self.tensors["block_table"][req, index // self.block_size]
+        return int(block), index % self.block_size
+
+
+def make_case(parents: list[list[int]], contexts: list[int], **fields: Any) -> Case:
+    case = Case(parents, contexts, **fields)
+    lens = torch.tensor([len(rows) for rows in parents])
+    start = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
+    slots = [context + len(rows) for context, rows in zip(contexts, parents, strict=True)]
+    key_cache, value_cache, block_table = _caches(case, slots)
+    words = max(1, -(-int(lens.max()) // 64))
+    mask = torch.zeros(int(start[-1]), words, dtype=torch.int64)
+    positions = torch.zeros(len(mask), dtype=torch.int64)
+    for req, rows in enumerate(parents):
+        for row in range(len(rows)):
+            for seen in case.path(req, row):
+                bit = 1 << seen % 64
+                mask[start[req] + row, seen // 64] |= bit - (1 << 64 if bit >> 63 else 0)
+            positions[start[req] + row] = contexts[req] + len(case.path(req, row)) - 1
+    case.tensors.update(
+        query=torch.randn(len(mask), case.num_heads, case.head_size).to(case.dtype),
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_table=block_table,
+        query_start_loc=start,
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        ancestor_mask=mask,
+        positions=positions,
+    )
+    for req, count in enumerate(slots):
+        for index in range(count):
+            for cache in (key_cache, value_cache):
+                cache[case.slot(req, index)] = torch.randn(cache.shape[2:]).to(case.dtype)
+    return case
+
+
+def _caches(case: Case, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """NaN caches in vLLM's CPU layout (or plain), and a shuffled block table."""
+    max_blocks = max(1, -(-max(slots) // case.block_size))
+    blocks = torch.randperm(len(slots) * max_blocks + 3)
+    table = blocks[: len(slots) * max_blocks].view(-1, max_blocks).int()
+    heads, size, dim = case.num_kv_heads, case.block_size, case.head_size
+    if not case.vec_layout:
+        caches = torch.full((2, len(blocks), size, heads, dim), torch.nan, dtype=case.dtype)
+        return caches[0], caches[1], table
+    memory = torch.full((len(blocks), heads, size, 2 * dim), torch.nan, dtype=case.dtype)
+    keys, values = memory.view(len(blocks), heads, 2 * size, dim).chunk(2, dim=2)
+    keys = keys.view(len(blocks), heads, dim, size).permute(0, 3, 1, 2)
+    return keys, values.transpose(1, 2), table
+
+
+def dense_answer(case: Case) -> torch.Tensor:
+    """[num_tokens, num_heads, head_size] float64, row by row."""
+    tensors, start = case.tensors, case.tensors["query_start_loc"].tolist()
+    window = case.options.get("sliding_window") or -1
+    answer = torch.zeros_like(tensors["query"], dtype=torch.float64)
+    for req, rows in enumerate(case.parents):
+        for row in range(len(rows)):
+            path, context = case.path(req, row), case.contexts[req]
+            position = context + len(path) - 1
+            at = {index: index for index in range(context)}  # slot -> position
+            at |= {context + seen: position - up for up, seen in enumerate(path)}
+            if window > 0:
+                at = {slot: where for slot, where in at.items() if where > position - window}
+            blocks, offsets = zip(*(case.slot(req, index) for index in at), strict=True)
+            keys = tensors["key_cache"][list(blocks), list(offsets)].double()
+            values = tensors["value_cache"][list(blocks), list(offsets)].double()
+            answer[start[req] + row] = _attend_row(
+                case, tensors["query"][start[req] + row].double(), keys, values
+            )
+    return answer
+
+
+def _attend_row(
+    case: Case, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    group = case.num_heads // case.num_kv_heads
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = (keys * query).sum(-1).T * case.head_size**-0.5  # [heads, slots]
+    if cap := case.options.get("logits_soft_cap"):
+        scores = cap * (scores / cap).tanh()
+    weights = scores.exp()
+    total = weights.sum(-1)
+    if (sinks := case.options.get("sinks")) is not None:
+        total = total + sinks.double().exp()
+    return torch.einsum("hs,shd->hd", weights / total[:, None], values)
