@@ -1,0 +1,108 @@
+"""The rounds: every group of prompts goes through all methods in turn before the next group.
+
+Whatever disturbs the machine for a while hits all methods alike, and the ratios to plain are
+taken between runs that are seconds apart. The order of the methods rotates from group to group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.e2e.engine import Batch, Generated
+from benchmarks.e2e.process import EngineProcess
+from benchmarks.e2e.prompts import make_groups
+
+WARMUP_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to generate: prompts as token ids, and how."""
+
+    prompt_ids: Sequence[Sequence[int]]
+    batch_sizes: Sequence[int]
+    max_tokens: int
+    temperature: float
+    repeats: int = 1
+
+    def batch(self, group: Sequence[int], max_tokens: int | None = None) -> Batch:
+        """The batch of these prompt indices; a prompt's seed is its index."""
+        return Batch(
+            prompt_ids=[self.prompt_ids[i] for i in group],
+            seeds=list(group),
+            max_tokens=max_tokens or self.max_tokens,
+            temperature=self.temperature,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One group of prompts at one batch size; `group` holds prompt indices."""
+
+    batch_size: int
+    repeat: int
+    index: int
+    group: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One method's outcome in one round."""
+
+    method: str
+    round: Round
+    generated: Generated
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of the whole batch."""
+        return sum(map(len, self.generated.token_ids))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prefill and decoding together."""
+        return self.num_tokens / self.generated.seconds
+
+
+def make_rounds(plan: Plan) -> list[Round]:
+    """All rounds, a batch size after the other."""
+    return [
+        Round(batch_size, repeat, index, group)
+        for batch_size in plan.batch_sizes
+        for repeat in range(plan.repeats)
+        for index, group in enumerate(make_groups(len(plan.prompt_ids), batch_size))
+    ]
+
+
+def rotated(labels: Sequence[str], index: int) -> list[str]:
+    """`labels` starting with number `index`, cyclically."""
+    first = index % len(labels)
+    return [*labels[first:], *labels[:first]]
+
+
+def warm_up(engines: Mapping[str, EngineProcess], plan: Plan) -> Iterator[None]:
+    """A short batch of each size through every engine, which compiles some kernels on first use.
+
+    Yields after each, `len(engines) * len(plan.batch_sizes)` times.
+    """
+    for batch_size in plan.batch_sizes:
+        group = make_groups(len(plan.prompt_ids), batch_size)[-1]
+        for engine in engines.values():
+            engine.call("generate", plan.batch(group, min(WARMUP_TOKENS, plan.max_tokens)))
+            yield
+
+
+def measure(
+    engines: Mapping[str, EngineProcess],
+    plan: Plan,
+    on_run: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """Run all rounds; `on_run` hears of each outcome."""
+    runs = []
+    for number, round_ in enumerate(make_rounds(plan)):
+        for label in rotated(list(engines), number):
+            generated = engines[label].call("generate", plan.batch(round_.group))
+            runs.append(Run(label, round_, generated))
+            on_run(runs[-1])
+    return runs
