@@ -27,7 +27,7 @@ _REFILL_RATE = 0.1
 def allocate(
     candidate_probs: Sequence[Sequence[float]],
     cost: CostModel,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
     row_ms: Sequence[float] | None = None,
     margin: float = MARGIN,
 ) -> list[int]:
@@ -116,10 +116,10 @@ class RowBudget:
     def _follow(self, req_ids: Sequence[str]) -> None:
         """Keeps the requests of this step, and notes whether those that left were replaced."""
         paces = {req_id: self._paces.get(req_id) or _Pace() for req_id in req_ids}
-        num_left = len(self._paces.keys() - paces.keys())
-        num_joined = len(paces.keys() - self._paces.keys())
-        for i in range(num_left):
-            self._refill += _REFILL_RATE * ((i < num_joined) - self._refill)
+        num_stayed = len(paces.keys() & self._paces.keys())
+        for i in range(len(self._paces) - num_stayed if num_stayed else 0):
+            replaced = i < len(paces) - num_stayed
+            self._refill += _REFILL_RATE * (replaced - self._refill)
         self._paces = paces
 
     def _worth(self, cost: CostModel) -> np.ndarray:

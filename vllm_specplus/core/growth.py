@@ -88,7 +88,9 @@ def prune(candidates: Candidates, paths: Iterable[Path]) -> Candidates:
     rank_paths: list[Path | None] = [()]
     num_children: list[int] = [0]
     new_row = [0]
-    tokens, parents, probs = [], [], []
+    tokens: list[int] = []
+    parents: list[int] = []
+    probs: list[float] = []
     for token, parent, prob in zip(
         candidates.tokens, candidates.parents, candidates.probs, strict=True
     ):

@@ -161,9 +161,18 @@ class TreeBatch:
             depths[r, :n] = tree.depths()
             masks[r, :n] = _words(tree.ancestors(), words)
         num_nodes = np.array([len(tree) for tree in trees], dtype=np.int64)
-        arrays = (tokens, parents, depths, num_nodes, masks.view(np.int64))
-        t, p, d, n, m = (torch.from_numpy(array).to(device) for array in arrays)
-        return cls(t, p, d, n, m, kinds.pop() if kinds else QKind.DETERMINISTIC)
+
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            tokens=tensor(tokens),
+            parents=tensor(parents),
+            depths=tensor(depths),
+            num_nodes=tensor(num_nodes),
+            ancestor_mask=tensor(masks.view(np.int64)),
+            kind=kinds.pop() if kinds else QKind.DETERMINISTIC,
+        )
 
     def valid(self) -> torch.Tensor:
         """bool [num_reqs, num_rows]: the rows that are no padding."""

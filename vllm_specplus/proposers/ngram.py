@@ -50,7 +50,7 @@ class Votes:
             share = sum(weight for _, weight, _ in chosen) / total
             prob, cell, prior = self._calibration.estimate(length, share)
             estimates[token] = cell, prior
-            self._voters[*path, token] = chosen
+            self._voters[(*path, token)] = chosen
             yield token, log(prob)
 
 

@@ -79,7 +79,7 @@ class NgramIndex:
         first = position - self._min_len + 1
         for i in range(position, max(first, -1), -1):
             code = (code + self.tokens[i] + 1) * _FACTOR & _WORD
-        for i, (heads, links) in zip(range(first, -1, -1), self._tables):
+        for i, (heads, links) in zip(range(first, -1, -1), self._tables, strict=False):
             code = (code + self.tokens[i] + 1) * _FACTOR & _WORD
             slot = code >> self._shift
             links[position] = heads[slot]
@@ -110,4 +110,4 @@ class NgramIndex:
         links[positions[1:][repeated]] = positions[:-1][repeated]
         final = np.append(~repeated, True)[: len(slots)]
         heads[slots[final]] = positions[final]
-        self._tables.append((memoryview(heads), memoryview(links)))
+        self._tables.append((heads.data, links.data))

@@ -1,0 +1,26 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.proposers.ngram import NgramProposer
+from vllm_specplus.proposers.registry import create
+
+
+def config(model: str) -> SpecPlusConfig:
+    options = {"speculative_model": model, "num_speculative_tokens": 3, "tree": "dynamic:4"}
+    return SpecPlusConfig.from_options(options)
+
+
+def test_ngram_is_there() -> None:
+    proposer = create(config("[ngram]"))
+    assert isinstance(proposer, NgramProposer)
+    assert proposer.config.num_nodes == 4
+
+
+@pytest.mark.parametrize("model", ["[mtp3]", "[lookahead]", "some/model", "[ngram+mtp3]"])
+def test_what_is_not_built_names_what_is(model: str) -> None:
+    with pytest.raises(NotImplementedError, match=r"speculative_model=.*available.*\[ngram\]"):
+        create(config(model))
