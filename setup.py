@@ -77,6 +77,7 @@ setup(
     install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "rich>=13", "typer>=0.15", "wrapt>=1.16"],
     extras_require={
         "dev": [
+            "types-psutil",
             "pytest>=8",
             "pytest-timeout",
             "hypothesis>=6.100",

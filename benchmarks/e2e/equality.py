@@ -16,7 +16,8 @@ from itertools import zip_longest
 from benchmarks.e2e.measure import Plan, Run
 from benchmarks.e2e.methods import PLAIN
 
-NEAR_TIE_ULPS = 2
+NEAR_TIE_ULPS = 4
+"""Stock vLLM's own n-gram drafter was seen to leave plain's text at gaps of 0 to 3."""
 NUM_CANDIDATES = 8
 SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
 END = -1

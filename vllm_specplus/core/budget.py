@@ -20,7 +20,7 @@ from vllm_specplus.core.cost import CostModel
 
 MARGIN = 0.02
 """By how much drafting must promise to beat plain decoding, as estimates err."""
-_FAIRNESS = 16
+_FAIRNESS = 16  # replayed with 4 to 64: more costs greedy batches, less costs sampled ones
 _REFILL_RATE = 0.1
 
 

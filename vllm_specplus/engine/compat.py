@@ -62,3 +62,10 @@ def draw_seed(generator: torch.Generator) -> int:
     """Draws what vLLM's CPU sampler draws from a request's generator for one token
     (TopKTopPSampler.forward_cpu)."""
     return int(torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long))
+
+
+def fused_gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor | None:
+    """vLLM's Gumbel-max sampling on CPUs: float32 [num_rows, vocab_size], int64 [num_rows] ->
+    int64 [num_rows]. None where this build has no such op."""
+    op = getattr(torch.ops._C, "fused_gumbel_argmax", None)
+    return None if op is None else op(logits, seeds)

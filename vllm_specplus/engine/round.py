@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vllm_specplus.config import Chain, SpecPlusConfig, StaticTree
+from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.budget import RowBudget
-from vllm_specplus.core.growth import Candidates, Path, chain_paths, prune
+from vllm_specplus.core.growth import Candidates, prune
 from vllm_specplus.core.stats import SpecStats
 from vllm_specplus.core.tree import Tree, TreeBatch
 from vllm_specplus.core.verify import match
@@ -80,7 +80,6 @@ class SpecRound:
         self.budget = RowBudget()
         self.max_depth = config.num_speculative_tokens
         self.stats = SpecStats(self.max_depth)
-        self._paths = _static_paths(config)
 
     def stage(self, trees: Sequence[Tree], query_start_loc: np.ndarray) -> Staged:
         """Lays the trees over the step's rows: a request's last 1 + num_nodes rows are its tree.
@@ -143,14 +142,6 @@ class SpecRound:
         self.proposer.forget(req_id)
 
     def _shape(self, candidates: Candidates, request: DraftRequest) -> Candidates:
-        if request.chain_only:
-            return prune(candidates, chain_paths(request.max_depth))
-        return candidates if self._paths is None else prune(candidates, self._paths)
-
-
-def _static_paths(config: SpecPlusConfig) -> list[Path] | None:
-    if isinstance(config.tree, StaticTree):
-        return list(config.tree.paths)
-    if isinstance(config.tree, Chain):
-        return chain_paths(config.num_speculative_tokens)
-    return None
+        """Cuts what a proposer may have grown beyond the static paths."""
+        paths = self.proposer.paths(request)
+        return candidates if paths is None else prune(candidates, paths)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -32,7 +33,11 @@ from vllm_specplus.engine.compat import (
     SamplingMetadata,
     SamplingParams,
     draw_seed,
+    fused_gumbel_argmax,
+    init_logger,
 )
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +113,11 @@ def sample_rows(
         index: Stream.of(generator, max(depths[index]))
         for index, generator in metadata.generators.items()
     }
-    if metadata.all_greedy and is_plain(metadata, sources):
+    plain = is_plain(metadata, sources)
+    if plain and metadata.all_greedy:
         return RowSamples(row_argmax(logits), None, streams, "argmax")
     rows = _Rows([i for i, d in enumerate(depths) for _ in d], [d for ds in depths for d in ds])
-    if is_plain(metadata, sources):
+    if plain and draws_like_vllm():
         seeds = [
             streams[owner].seeds[depth] if owner in streams else 0
             for owner, depth in zip(rows.owners, rows.depths, strict=True)
@@ -122,6 +128,18 @@ def sample_rows(
     output = sampler(logits=logits, sampling_metadata=_per_row(metadata, sources, rows, streams))
     tokens = output.sampled_token_ids.flatten().long()
     return RowSamples(tokens, output.logprobs_tensors, streams, "sampler")
+
+
+@cache
+def draws_like_vllm() -> bool:
+    """Whether the fused sampling kernel draws the tokens that this vLLM's own kernel draws."""
+    logits = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0))
+    temperature, seeds = torch.full((16,), 0.7), torch.arange(16)
+    theirs = fused_gumbel_argmax(logits / temperature[:, None], seeds)
+    same = theirs is not None and row_gumbel_argmax(logits, temperature, seeds).equal(theirs)
+    if not same:
+        logger.warning("This vLLM draws noise differently: its own, slower sampler is used.")
+    return same
 
 
 def is_plain(metadata: SamplingMetadata, sources: Sequence[RowSource]) -> bool:

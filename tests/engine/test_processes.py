@@ -1,0 +1,121 @@
+"""Engines whose core and workers are processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from tests.engine.engines import DEFAULTS, model_path, reference, spec_options
+from tests.engine.features import facts, mixed, requests
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = {
+    "default_executor": {},
+    "two_tensor_parallel_workers": dict(tensor_parallel_size=2, distributed_executor_backend="mp"),
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **changes}
+
+
+def run_apart(job: dict) -> dict:
+    """The result of apart.py; asserts that no process of its session is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.engine.apart"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+    )
+    out, err = process.communicate(json.dumps(job), timeout=300)
+    assert process.returncode == 0, err[-4000:]
+    assert not left_of_session(process.pid)
+    return json.loads(out.splitlines()[-1])
+
+
+def left_of_session(session: int) -> list[psutil.Process]:
+    """Live processes of a session, after a moment for the last ones to end."""
+    members = [p for p in psutil.process_iter() if _session(p.pid) == session]
+    _, alive = psutil.wait_procs(members, timeout=10)
+    return alive
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["llama", "sliding"])
+def test_all_features_in_one_batch(model, layout):
+    asked = mixed()
+    plain = reference(model, asked)
+    job = dict(
+        path=str(model_path(model)),
+        method="oracle",
+        options=LAYOUTS[layout],
+        truth=[
+            (request.prompt, list(sequence.token_ids))
+            for request, output in zip(asked, plain, strict=True)
+            for sequence in output.outputs
+        ],
+    )
+    result = run_apart(job)
+    assert result["facts"] == json.loads(json.dumps([facts(output) for output in plain]))
+    assert len(result["workers"]) == LAYOUTS[layout].get("tensor_parallel_size", 1)
+    assert all(w["accepted"] > 0 and w["moved"] > 0 for w in result["workers"])
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_async_engine_streams_and_aborts(method):
+    asked = requests("greedy", 6)
+    plain = reference("llama", asked)
+    texts = asyncio.run(stream_all(asked, method, aborted=2))
+    for index, output in enumerate(plain):
+        whole = output.outputs[0].text
+        if index == 2:
+            assert texts[index] and whole.startswith(texts[index]) and texts[index] != whole
+        else:
+            assert texts[index] == whole
+
+
+async def stream_all(asked, method: str, aborted: int) -> list[str]:
+    """Texts joined from deltas; request `aborted` is dropped after its first chunk."""
+    options = DEFAULTS | spec_options(method)
+    args = AsyncEngineArgs(model=str(model_path("llama")), **options)
+    engine = AsyncLLM.from_engine_args(args)
+
+    async def stream(index: int) -> str:
+        params: SamplingParams = asked[index].params.clone()
+        params.output_kind = RequestOutputKind.DELTA
+        text = ""
+        prompt = {"prompt_token_ids": list(asked[index].prompt)}
+        async for output in engine.generate(prompt, params, request_id=uuid.uuid4().hex):
+            text += output.outputs[0].text
+            if index == aborted and text:
+                break
+        return text
+
+    try:
+        return await asyncio.gather(*(stream(index) for index in range(len(asked))))
+    finally:
+        engine.shutdown()
