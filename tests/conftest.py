@@ -12,6 +12,9 @@ for name, value in {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     "OMP_NUM_THREADS": "1",
+    # vLLM's own n-gram drafts with numba, whose OpenMP layer would reset torch's thread count.
+    "NUMBA_NUM_THREADS": "1",
+    "NUMBA_THREADING_LAYER": "workqueue",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }.items():

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.engine.models import TINY_VOCAB_SIZE
+from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.growth import Candidates
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 
@@ -43,7 +44,10 @@ def joint(tables: Sequence[np.ndarray]) -> np.ndarray:
 class Ranked(Proposer):
     """Bushy trees of the most (or least) probable tokens: `width` children per node."""
 
-    def __init__(self, tables: Sequence[np.ndarray], best: bool, width: int) -> None:
+    def __init__(
+        self, config: SpecPlusConfig, tables: Sequence[np.ndarray], best: bool, width: int
+    ) -> None:
+        super().__init__(config)
         self.tables, self.best, self.width = tables, best, width
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:

@@ -49,7 +49,7 @@ def sample(seed: int, draft: dict, sampling: dict) -> np.ndarray:
     """int [NUM_SEQUENCES, LENGTH], unseeded requests."""
     engine = start("tiny_vocab", "dynamic", seed=seed, **OPTIONS)
     spec_round = engine.llm.collective_rpc(lambda worker: worker.worker.model_runner.round)[0]
-    spec_round.proposer = Ranked(tables(None), **draft)
+    spec_round.proposer = Ranked(spec_round.proposer.config, tables(None), **draft)
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True, detokenize=False, **sampling)
     prompt = {"prompt_token_ids": list(PROMPT)}
     outputs = engine.llm.generate([prompt] * NUM_SEQUENCES, params, use_tqdm=False)

@@ -10,7 +10,10 @@ from tests.engine.features import assert_equal, requests
 MODELS = ("llama", "sliding")
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize(
+    "batch_size",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 8],
+)
 @pytest.mark.parametrize("method", ALL_METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_text_equals_plain(model, method, batch_size):

@@ -8,7 +8,11 @@ from tests.engine.engines import get_engine, reference
 from tests.engine.features import FEATURES, assert_equal, mixed, requests
 
 NO_TIME_TO_ACCEPT = {"one_token", "choice", "stop_string_kept", "min_tokens_seed"}
-CASES = [("llama", "dynamic"), ("llama", "oracle"), ("sliding", "oracle")]
+CASES = [
+    pytest.param("llama", "dynamic", marks=pytest.mark.slow),
+    ("llama", "oracle"),
+    pytest.param("sliding", "oracle", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -32,8 +36,15 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("method", ["static", "dynamic", "oracle"])
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("static", marks=pytest.mark.slow),
+        pytest.param("dynamic", marks=pytest.mark.slow),
+        "oracle",
+    ],
+)
+@pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_all_features_in_one_batch(model, method, schedule):
     options, arrivals = SCHEDULES[schedule]
     asked = mixed(arrivals=arrivals)

@@ -99,6 +99,19 @@ def test_patches_are_applied_once_and_undone() -> None:
         AsyncEngineArgs(model="m", **NGRAM)
 
 
+@pytest.mark.parametrize("first", ["vllm_specplus", "vllm_specplus.core.tree", "vllm"])
+def test_patched_once_whatever_is_imported_first(first: str) -> None:
+    """Patched twice, the flags would be added twice, which argparse refuses."""
+    code = (
+        f"import {first}\n"
+        "from vllm import EngineArgs\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "EngineArgs.add_cli_args(FlexibleArgumentParser()).format_help()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_a_name_that_is_gone_is_said_and_nothing_is_patched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -85,6 +85,7 @@ def test_all_features_in_one_batch(model, layout):
     assert all(w["accepted"] > 0 and w["moved"] > 0 for w in result["workers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["static", "dynamic"])
 def test_async_engine_streams_and_aborts(method):
     asked = requests("greedy", 6)

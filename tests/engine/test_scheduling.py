@@ -23,14 +23,14 @@ def count_calls(monkeypatch, owner, name):
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_requests_arrive_while_others_run(model, method):
     asked = [replace(r, arrival=2 * i) for i, r in enumerate(requests("greedy", 8))]
     assert_equal(get_engine(model, method).run(asked), reference(model, asked))
 
 
 @pytest.mark.parametrize("method", TREE_METHODS)
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_prompt_chunks_share_steps_with_trees(model, method, monkeypatch):
     asked = [
         Request(prompt, params("greedy"), arrival=3 * index)
@@ -49,7 +49,7 @@ def test_prompt_chunks_share_steps_with_trees(model, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", TREE_METHODS)
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_blocks_written_by_trees_serve_the_prefix_cache(model, method):
     first = requests("greedy", 4, max_tokens=120, ignore_eos=True)
     engine = get_engine(model, method, prefix_cache_retention_interval=None)
@@ -67,7 +67,9 @@ def test_blocks_written_by_trees_serve_the_prefix_cache(model, method):
 
 
 @pytest.mark.parametrize("method", TREE_METHODS)
-@pytest.mark.parametrize(("model", "num_blocks"), [("llama", 20), ("sliding", 40)])
+@pytest.mark.parametrize(
+    ("model", "num_blocks"), [("llama", 20), pytest.param("sliding", 40, marks=pytest.mark.slow)]
+)
 def test_preempted_requests_resume(model, num_blocks, method, monkeypatch):
     asked = requests("greedy", 8, max_tokens=120, ignore_eos=True)
     seeded = requests("seed", 2, max_tokens=120, ignore_eos=True)
@@ -79,7 +81,7 @@ def test_preempted_requests_resume(model, num_blocks, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", TREE_METHODS)
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_aborted_requests_leave_the_others_alone(model, method):
     asked = requests("greedy", 8)
     plain = reference(model, asked)
@@ -94,7 +96,7 @@ def test_aborted_requests_leave_the_others_alone(model, method):
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_requests_run_to_the_longest_length(model, method):
     asked = requests("greedy", 6, max_tokens=None, ignore_eos=True)
     asked += [Request([300] * n, params("greedy", max_tokens=None)) for n in (126, 127)]

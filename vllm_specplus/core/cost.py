@@ -9,7 +9,7 @@ import numpy as np
 _FORGET = 0.98
 _OUTLIER = 1.3
 _TOGETHER = 0.01
-_LEAST_SLOPE = 0.2
+_LEAST_PART = 0.2
 _FAR = 1_000_000
 
 
@@ -59,5 +59,5 @@ class CostModel:
         ridge = _TOGETHER * a
         a, b, c = a + ridge, b - ridge, c + ridge
         det = a * c - b * b
-        self._fixed = (c * y - b * z) / det
-        self._slope = max((a * z - b * y) / det, _LEAST_SLOPE)
+        self._slope = max((a * z - b * y) / det, _LEAST_PART)
+        self._fixed = max((y - b * self._slope) / a, _LEAST_PART)

@@ -154,12 +154,13 @@ class TreeBatch:
         depths = np.zeros_like(tokens)
         masks = np.zeros((len(trees), num_rows, words), dtype=np.uint64)
         parents[:, 0] = -1
+        masks[:, 0, 0] = 1
         for r, tree in enumerate(trees):
-            n = len(tree) + 1
-            tokens[r, 1:n] = tree.tokens
-            parents[r, 1:n] = tree.parents
-            depths[r, :n] = tree.depths()
-            masks[r, :n] = _words(tree.ancestors(), words)
+            if n := len(tree):
+                tokens[r, 1 : n + 1] = tree.tokens
+                parents[r, 1 : n + 1] = tree.parents
+                depths[r, : n + 1] = tree.depths()
+                masks[r, : n + 1] = _words(tree.ancestors(), words)
         num_nodes = np.array([len(tree) for tree in trees], dtype=np.int64)
 
         def tensor(array: np.ndarray) -> torch.Tensor:

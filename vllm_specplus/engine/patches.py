@@ -142,9 +142,10 @@ def apply(group: Group) -> None:
                 "supports, or leave its options out."
             ) from error
     for patch in wanted:
-        wrapt.wrap_function_wrapper(patch.module, patch.path, patch.wrapper)
-        _originals[str(patch)] = found[str(patch)]
-        logger.debug("Patched %s (%s)", patch, group)
+        if str(patch) not in _originals:  # looking a name up may import what applies the group
+            _originals[str(patch)] = found[str(patch)]
+            wrapt.wrap_function_wrapper(patch.module, patch.path, patch.wrapper)
+            logger.debug("Patched %s (%s)", patch, group)
 
 
 def undo() -> None:

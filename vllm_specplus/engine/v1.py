@@ -33,7 +33,7 @@ from vllm_specplus.engine.compat import (
     registered_backend,
 )
 from vllm_specplus.engine.round import Moves, SpecRound, Staged
-from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows, tracks_thinking
+from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
 
 _MOST_ROWS_TIMED = 128
@@ -226,13 +226,14 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         step, self._current = self._step, None
         self._commit_rows([hidden_states, *(aux_hidden_states or ())], step.moves)
         req_ids = self.input_batch.req_ids
-        for req_id, tree, on_path in zip(req_ids, step.trees, step.on_path.tolist(), strict=True):
-            self.round.observe(req_id, tree, [row for row, on in enumerate(on_path) if on and row])
-        thinking = tracks_thinking(sampling_metadata)
-        requests = [
-            self._draft_request(index, req_id, may_draft=bool(sampled) and not thinking)
-            for index, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=True))
-        ]
+        on_path = step.on_path.tolist()
+        requests = []
+        for index, (req_id, tree) in enumerate(zip(req_ids, step.trees, strict=True)):
+            sampled = bool(sampled_token_ids[index])
+            if sampled:
+                rows = [row for row, accepted in enumerate(on_path[index]) if accepted and row]
+                self.round.observe(req_id, tree, rows)
+            requests.append(self._draft_request(index, req_id, sampled))
         drafts = self.round.propose(requests, self._clock.row_ms(step.way))
         decoding = bool(step.staged.is_tree.all())
         num_rows = scheduler_output.total_num_scheduled_tokens if decoding else None
@@ -245,7 +246,9 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             for rows in (*hidden_states, self.input_ids.gpu, self.positions):
                 rows[moves.target] = rows[moves.source]
 
-    def _draft_request(self, index: int, req_id: str, may_draft: bool) -> DraftRequest:
+    def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
+        """Bounds of a request's next draft; none for prompt chunks and for thinking budgets, which
+        vLLM applies to the root only."""
         state = self.requests[req_id]
         params = state.sampling_params
         num_tokens = int(self.input_batch.num_tokens_no_spec[index])
@@ -253,10 +256,12 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         max_depth = min(room, self.round.max_depth)
         if params.max_tokens is not None:
             max_depth = min(max_depth, params.max_tokens - len(state.output_token_ids) - 1)
+        if not sampled or params.thinking_token_budget is not None:
+            max_depth = 0
         return DraftRequest(
             req_id=req_id,
             token_ids=self.input_batch.token_ids_cpu[index, :num_tokens],
-            max_depth=max_depth if may_draft else 0,
+            max_depth=max_depth,
             max_nodes=min(room, self.num_spec_tokens),
             chain_only=params.structured_outputs is not None,
         )
