@@ -90,6 +90,7 @@ def test_a_mistake_in_the_options_starts_nothing(capsys: pytest.CaptureFixture[s
 
 def test_ctrl_c_leaves_no_process(model: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.e2e.generate", "--model", str(model)]
+    command += ["--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN), "--max-tokens", "24"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     engines: set[str] = set()
     deadline = time.monotonic() + 60

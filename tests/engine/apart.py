@@ -16,6 +16,9 @@ from tests.engine.engines import DEFAULTS, spec_options
 from tests.engine.features import facts, mixed
 from tests.engine.proposers import learn, truth, watch
 
+RESULT = "RESULT "
+"""Starts the line of standard output that holds the result; engines print there too."""
+
 
 def counts(worker: Any) -> dict[str, int]:
     probe = worker.worker.model_runner.probe
@@ -39,7 +42,7 @@ def main() -> None:
         use_tqdm=False,
     )
     result = {"facts": [facts(output) for output in outputs], "workers": llm.collective_rpc(counts)}
-    print(json.dumps(result))
+    print("\n" + RESULT + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm import AsyncEngineArgs, EngineArgs, SamplingParams
+from vllm import AsyncEngineArgs, EngineArgs, SamplingParams, envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 
@@ -202,6 +202,7 @@ def test_block_verification_needs_the_v2_runner(model: str) -> None:
 
 
 def test_v2_runner_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs.disable_envs_cache()  # an engine that ran before has turned it on
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(NotBuiltError, match=r"^VLLM_USE_V2_MODEL_RUNNER=1 selects"):
         build(model, **TREE)

@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from tests.engine.apart import RESULT
 from tests.engine.engines import DEFAULTS, model_path, reference, spec_options
 from tests.engine.features import facts, mixed, requests
 
@@ -46,7 +47,8 @@ def run_apart(job: dict) -> dict:
     out, err = process.communicate(json.dumps(job), timeout=300)
     assert process.returncode == 0, err[-4000:]
     assert not left_of_session(process.pid)
-    return json.loads(out.splitlines()[-1])
+    (result,) = (line for line in out.splitlines() if line.startswith(RESULT))
+    return json.loads(result.removeprefix(RESULT))
 
 
 def left_of_session(session: int) -> list[psutil.Process]:
