@@ -45,7 +45,7 @@ test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)
 demo: $(KERNELS) ## a real model, plain and with speculation, side by side
 	$(BIN)/python -m benchmarks.e2e.demo
 
-BENCH ?= --methods native-ngram "[ngram]:tree=dynamic:12" --batch-sizes 1 4 8 16 --limit 40
+BENCH ?= --methods native-ngram "[ngram]:K=16:tree=dynamic:16" --batch-sizes 1 4 8 16 --limit 40
 
 bench: $(KERNELS) ## end-to-end benchmark; make bench BENCH=--help lists its options
 	$(BIN)/python -m benchmarks.e2e.generate $(BENCH)

@@ -23,6 +23,9 @@ from benchmarks.e2e.summary import Row
 
 SCHEMA = 1
 
+_DEPTHS_SHOWN = 5
+"""The JSON and the plot have all depths."""
+
 
 def run_and_report(make_options: Callable[[], Options], json_path: Path, console: Console) -> int:
     """Run, print, write `json_path` and the PNG beside it; returns the process's exit code.
@@ -75,7 +78,8 @@ def drafts_table(rows: Sequence[Row]) -> Table:
     )
     for row in rows:
         if row.method != PLAIN:
-            per_depth = " ".join(f"{share:.2f}" for share in row.acceptance_per_depth)
+            shares = [f"{share:.2f}" for share in row.acceptance_per_depth]
+            per_depth = " ".join([*shares[:_DEPTHS_SHOWN], *["..."][: len(shares) > _DEPTHS_SHOWN]])
             counts = str(row.drafted), str(row.accepted)
             table.add_row(*_name_cells(row), f"{row.acceptance_length:.2f}", per_depth, *counts)
     return table
