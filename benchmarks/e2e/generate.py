@@ -14,11 +14,11 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.e2e.benchmark import Options
-from benchmarks.e2e.environment import ROOT
 from benchmarks.e2e.methods import NATIVE_NGRAM, SYNTAX, parse_methods
 from benchmarks.e2e.prompts import load_prompts
 from benchmarks.e2e.report import run_and_report
 from benchmarks.gemma import ensure_gemma
+from benchmarks.provenance import ROOT
 
 PROMPTS = ROOT / "benchmarks/data/spec_bench_dev.jsonl"
 RESULTS = ROOT / "results"

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.e2e.engine import Engine, EngineSettings
-from benchmarks.e2e.environment import ROOT, worker_environment
+from benchmarks.e2e.environment import worker_environment
 from benchmarks.e2e.methods import Method
+from benchmarks.provenance import ROOT
 
 POLL_SECONDS = 0.1
 EXIT_SECONDS = 5

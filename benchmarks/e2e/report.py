@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.e2e.benchmark import Options, Result, run_benchmark
-from benchmarks.e2e.environment import cpu_name, provenance
+from benchmarks.e2e.environment import provenance
 from benchmarks.e2e.equality import Divergence, Equality
 from benchmarks.e2e.methods import PLAIN
 from benchmarks.e2e.plots import plot_rows
 from benchmarks.e2e.process import EngineError
 from benchmarks.e2e.summary import Row
+from benchmarks.provenance import cpu_name
 
 SCHEMA = 1
 

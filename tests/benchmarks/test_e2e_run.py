@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.e2e.environment import ROOT
 from benchmarks.e2e.generate import main
+from benchmarks.provenance import ROOT
 from tests.engine.models import BUILDERS, save
 
 pytestmark = pytest.mark.slow
