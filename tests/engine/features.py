@@ -54,6 +54,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "logprobs": dict(logprobs=3),
     "logprobs_seed": dict(logprobs=0, **SAMPLED),
     "logprobs_penalty": dict(logprobs=2, repetition_penalty=1.4),
+    "logprob_token_ids": dict(logprobs=3, logprob_token_ids=[299, 7, 340]),
     "prompt_logprobs": dict(prompt_logprobs=2, logprobs=1),
     "one_token": dict(max_tokens=1),
 }

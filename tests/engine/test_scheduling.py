@@ -80,6 +80,17 @@ def test_preempted_requests_resume(model, num_blocks, method, monkeypatch):
     assert preempted
 
 
+def test_preemption_does_not_change_unseeded_text(monkeypatch):
+    asked = [Request(p, params("seed", seed=None, max_tokens=120)) for p in prompts(8)]
+    roomy, narrow = (
+        start("llama", "dynamic", max_model_len=256, num_gpu_blocks_override=blocks)
+        for blocks in (512, 20)
+    )
+    preempted = count_calls(monkeypatch, narrow.scheduler, "_preempt_request")
+    assert not differ(roomy.run(asked), narrow.run(asked))
+    assert preempted
+
+
 @pytest.mark.parametrize("method", TREE_METHODS)
 @pytest.mark.parametrize("model", ["llama", pytest.param("sliding", marks=pytest.mark.slow)])
 def test_aborted_requests_leave_the_others_alone(model, method):
