@@ -83,12 +83,10 @@ def test_chains_and_stars_around_a_word(num_nodes: int) -> None:
         assert [_bits(mask) for mask in masks] == [path_rows(tree, r) for r in range(num_nodes + 1)]
 
 
-def test_kinds_do_not_mix_but_empty_trees_have_none() -> None:
-    sampled = Tree([1], [0], QKind.SAMPLED)
-    assert TreeBatch.from_trees([sampled, Tree()]).kind is QKind.SAMPLED
-    assert TreeBatch.from_trees([Tree(), STAR, FULL]).kind is QKind.DETERMINISTIC
-    with pytest.raises(ValueError, match="mixes deterministic and sampled"):
-        TreeBatch.from_trees([sampled, STAR])
+def test_the_kind_of_q_is_told_per_node() -> None:
+    batch = TreeBatch.from_trees([Tree([1, 2], [0, 0], QKind.SAMPLED), Tree(), STAR])
+    assert batch.is_sampled[:, :3].tolist() == [[False, True, True], [False] * 3, [False] * 3]
+    assert not batch.is_sampled[:, 3:].any()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,6 @@ def test_placeholders_and_padding_match_nothing() -> None:
 
 
 def test_sampled_drafts_are_refused() -> None:
-    batch = TreeBatch.from_trees([Tree([1], [0], QKind.SAMPLED)])
+    batch = TreeBatch.from_trees([Tree([2, 3], [0, 0]), Tree([1], [0], QKind.SAMPLED)])
     with pytest.raises(ValueError, match="'match' was given sampled draft nodes"):
-        match(batch, torch.zeros(1, 2, dtype=torch.int64))
+        match(batch, torch.zeros(2, 3, dtype=torch.int64))

@@ -16,8 +16,8 @@ import torch
 
 MAX_ROWS = 128
 WORD_BITS = 64
-_TOKEN_BITS = 32
-_TOKEN_MASK = (1 << _TOKEN_BITS) - 1
+TOKEN_BITS = 32
+_TOKEN_MASK = (1 << TOKEN_BITS) - 1
 
 
 class QKind(Enum):
@@ -34,7 +34,8 @@ class Tree:
     """One request's candidates below its root.
 
     `tokens[i]` and `parents[i]` describe node i + 1; a parent is a row number (0 = root). Siblings
-    carry distinct tokens. A token of -1 is a placeholder that no target token equals.
+    carry distinct tokens. A token of -1 is a placeholder that no target token equals. All nodes of
+    a tree have one kind of q: no rule built here is exact for a mix.
     """
 
     tokens: Sequence[int] = ()
@@ -97,7 +98,7 @@ class Tree:
         encoded as its plain tokens and a prefix of the codes is the code of the prefix.
         """
         return [
-            token if parent == row else token | (row - parent) << _TOKEN_BITS
+            token if parent == row else token | (row - parent) << TOKEN_BITS
             for row, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True))
         ]
 
@@ -106,7 +107,7 @@ class Tree:
         """Inverse of `encode`; negative codes are placeholders of a chain."""
         tokens = [code if code < 0 else code & _TOKEN_MASK for code in codes]
         parents = [
-            row if code < 0 else row - (code >> _TOKEN_BITS) for row, code in enumerate(codes)
+            row if code < 0 else row - (code >> TOKEN_BITS) for row, code in enumerate(codes)
         ]
         return cls(tokens, parents)
 
@@ -120,7 +121,7 @@ class TreeBatch:
     num_nodes: int64 [num_reqs].
     ancestor_mask: int64 [num_reqs, num_rows, words]; bit j of word w is row 64 * w + j. A padding
     row's mask is empty.
-    kind: how every node of the batch was drafted.
+    is_sampled: bool [num_reqs, num_rows], the nodes whose q is a draft distribution (QKind).
     """
 
     tokens: torch.Tensor
@@ -128,7 +129,7 @@ class TreeBatch:
     depths: torch.Tensor
     num_nodes: torch.Tensor
     ancestor_mask: torch.Tensor
-    kind: QKind
+    is_sampled: torch.Tensor
 
     @property
     def num_rows(self) -> int:
@@ -136,17 +137,7 @@ class TreeBatch:
 
     @classmethod
     def from_trees(cls, trees: Sequence[Tree], device: torch.device | str = "cpu") -> TreeBatch:
-        """Builds the tensors on the host.
-
-        Raises ValueError where deterministic and sampled nodes are mixed: no verification rule is
-        exact for both at once.
-        """
-        kinds = {tree.kind for tree in trees if len(tree)}
-        if len(kinds) > 1:
-            raise ValueError(
-                "a batch mixes deterministic and sampled draft nodes; all nodes must have one kind "
-                "of q, so draft both proposers greedily or both by sampling"
-            )
+        """Builds the tensors on the host."""
         num_rows = 1 + max((len(tree) for tree in trees), default=0)
         words = -(-num_rows // WORD_BITS)
         tokens = np.full((len(trees), num_rows), -1, dtype=np.int64)
@@ -155,12 +146,14 @@ class TreeBatch:
         masks = np.zeros((len(trees), num_rows, words), dtype=np.uint64)
         parents[:, 0] = -1
         masks[:, 0, 0] = 1
+        is_sampled = np.zeros(tokens.shape, dtype=bool)
         for r, tree in enumerate(trees):
             if n := len(tree):
                 tokens[r, 1 : n + 1] = tree.tokens
                 parents[r, 1 : n + 1] = tree.parents
                 depths[r, : n + 1] = tree.depths()
                 masks[r, : n + 1] = _words(tree.ancestors(), words)
+                is_sampled[r, 1 : n + 1] = tree.kind is QKind.SAMPLED
         num_nodes = np.array([len(tree) for tree in trees], dtype=np.int64)
 
         def tensor(array: np.ndarray) -> torch.Tensor:
@@ -172,7 +165,7 @@ class TreeBatch:
             depths=tensor(depths),
             num_nodes=tensor(num_nodes),
             ancestor_mask=tensor(masks.view(np.int64)),
-            kind=kinds.pop() if kinds else QKind.DETERMINISTIC,
+            is_sampled=tensor(is_sampled),
         )
 
     def valid(self) -> torch.Tensor:

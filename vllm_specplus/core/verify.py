@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_specplus.core.tree import WORD_BITS, QKind, TreeBatch
+from vllm_specplus.core.tree import WORD_BITS, TreeBatch
 
 
 def match(trees: TreeBatch, target_tokens: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def match(trees: TreeBatch, target_tokens: torch.Tensor) -> torch.Tensor:
         ValueError: for sampled drafts, for which matching would not follow the target's
             distribution optimally (use rule `rejection`, `block` or `traversal`).
     """
-    if trees.kind is not QKind.DETERMINISTIC:
+    if trees.is_sampled.any():
         raise ValueError(
             "verification rule 'match' was given sampled draft nodes; it takes deterministic ones, "
             "use rule 'rejection', 'block' or 'traversal'"
