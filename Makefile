@@ -1,7 +1,7 @@
 # `make test` and `make demo` work first thing on a clean clone: they make .venv when it is missing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-fast bench demo clean
+.PHONY: help setup lint format test test-fast test-gpu bench bench-gpu demo clean
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -44,6 +44,15 @@ test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)
 
 demo: $(KERNELS) ## a real model, plain and with speculation, side by side
 	$(BIN)/python -m benchmarks.e2e.demo
+
+# On a GPU with nothing but torch, triton and pytest: no .venv, no vLLM.
+GPU_PYTHON ?= PYTHONPATH=kernels python3
+
+test-gpu: ## the kernels' tests on this machine's GPU, with its own python3
+	$(GPU_PYTHON) -m pytest tests/kernels
+
+bench-gpu: ## the kernels' benchmarks on this machine's GPU (under 9 minutes)
+	$(GPU_PYTHON) -m benchmarks.kernels
 
 BENCH ?= --methods native-ngram "[ngram]:K=16:tree=dynamic:16" --batch-sizes 1 4 8 16 --limit 40
 

@@ -1,9 +1,16 @@
-"""Environment of all tests: one thread, in-process engines, quiet logs; set before vLLM loads."""
+"""Environment of all tests, set before vLLM and Triton load.
+
+One thread, in-process engines, quiet logs; Triton kernels run in its interpreter where no GPU is.
+"""
 
 from __future__ import annotations
 
 import os
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 for name, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -1,4 +1,9 @@
-"""Poisons torch.empty and its kin, so that an element that an op forgets to write shows."""
+"""Each op on each implementation that this machine has, with poisoned memory.
+
+`torch.empty` and its kin are poisoned, so that an element that an op forgets to write shows. On a
+machine with a GPU, tensors are made there by default and the Triton kernels run for real; elsewhere
+they run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from specplus_kernels import cpu_library, dispatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,10 +38,29 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+def _run_on(which: dispatch.Provider) -> Iterator[str]:
+    if which == "cpu" and cpu_library.load() is None:
+        pytest.skip("no C++ kernels in this installation")
+    if which == "triton" and not dispatch.HAS_TRITON:
+        pytest.skip("no Triton in this installation")
+    device = DEVICE if which == "triton" else "cpu"
+    with torch.device(device), dispatch.force(which):
+        yield which
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def provider(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on each implementation that this machine has."""
-    if request.param == "cpu" and cpu_library.load() is None:
-        pytest.skip("no C++ kernels in this installation")
-    with dispatch.force(request.param):
-        yield request.param
+    """Ops with a C++ kernel and no Triton kernel."""
+    yield from _run_on(request.param)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def gpu_provider(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Ops with a Triton kernel and no C++ kernel."""
+    yield from _run_on(request.param)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def any_provider(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Ops with both."""
+    yield from _run_on(request.param)
