@@ -7,7 +7,7 @@ import pytest
 from tests.engine.engines import get_engine
 from tests.engine.features import FEATURES, differ, requests
 
-SAME_AS_GREEDY = {"logprobs", "prompt_logprobs"}
+SAME_AS_GREEDY = {"logprobs", "logprob_token_ids", "prompt_logprobs"}
 SAME_AS_SEED = {"seed", "logprobs_seed"}
 
 
