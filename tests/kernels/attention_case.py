@@ -6,7 +6,7 @@ The answer knows parents, not ancestor words: it walks from each row to the root
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from specplus_kernels import tree_attention
@@ -39,7 +39,9 @@ class Case:
     head_size: int = 64
     block_size: int = 32
     dtype: torch.dtype = torch.float32
-    vec_layout: bool = True
+    cache_dtype: torch.dtype | None = None  # None: dtype
+    layout: Literal["vec", "plain", "v2"] = "vec"  # vLLM on a CPU; dense; vLLM's V2 runner
+    skipped: list[int] | None = None  # per request, the first rows that are tail slots only
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -48,6 +50,10 @@ class Case:
         out = torch.full_like(self.tensors["query"], torch.nan)
         given = {"scale": self.head_size**-0.5, "out": out, **self.tensors, **self.options}
         return tree_attention(**{**given, **changes})
+
+    def queries(self, req: int) -> range:
+        """The rows of a request's tree that are query rows."""
+        return range(self.skipped[req] if self.skipped else 0, len(self.parents[req]))
 
     def path(self, req: int, row: int) -> list[int]:
         """The rows from `row` up to the root of its request."""
@@ -65,19 +71,22 @@ class Case:
 
 def make_case(parents: list[list[int]], contexts: list[int], **fields: Any) -> Case:
     case = Case(parents, contexts, **fields)
-    lens = torch.tensor([len(rows) for rows in parents])
+    lens = torch.tensor([len(case.queries(req)) for req in range(len(parents))])
+    tails = torch.tensor([len(rows) for rows in parents], dtype=torch.int32)
     start = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     slots = [context + len(rows) for context, rows in zip(contexts, parents, strict=True)]
     key_cache, value_cache, block_table = _caches(case, slots)
-    words = max(1, -(-int(lens.max()) // 64))
-    mask = torch.zeros(int(start[-1]), words, dtype=torch.int64)
+    mask = torch.zeros(int(start[-1]), max(1, -(-int(tails.max()) // 64)), dtype=torch.int64)
+    tail_positions = torch.zeros(len(parents), max(1, int(tails.max())), dtype=torch.int64)
     positions = torch.zeros(len(mask), dtype=torch.int64)
     for req, rows in enumerate(parents):
         for row in range(len(rows)):
+            tail_positions[req, row] = contexts[req] + len(case.path(req, row)) - 1
+        for token, row in enumerate(case.queries(req), int(start[req])):
             for seen in case.path(req, row):
                 bit = 1 << seen % 64
-                mask[start[req] + row, seen // 64] |= bit - (1 << 64 if bit >> 63 else 0)
-            positions[start[req] + row] = contexts[req] + len(case.path(req, row)) - 1
+                mask[token, seen // 64] |= bit - (1 << 64 if bit >> 63 else 0)
+            positions[token] = tail_positions[req, row]
     case.tensors.update(
         query=torch.randn(len(mask), case.num_heads, case.head_size).to(case.dtype),
         key_cache=key_cache,
@@ -88,10 +97,13 @@ def make_case(parents: list[list[int]], contexts: list[int], **fields: Any) -> C
         ancestor_mask=mask,
         positions=positions,
     )
+    if case.skipped:
+        case.tensors.update(tail_lens=tails, tail_positions=tail_positions)
     for req, count in enumerate(slots):
-        for index in range(count):
-            for cache in (key_cache, value_cache):
-                cache[case.slot(req, index)] = torch.randn(cache.shape[2:]).to(case.dtype)
+        index = torch.arange(count)
+        at = (block_table[req, index // case.block_size].long(), index % case.block_size)
+        for cache in (key_cache, value_cache):
+            cache[at] = torch.randn(count, *cache.shape[2:]).to(cache.dtype)
     return case
 
 
@@ -101,10 +113,14 @@ def _caches(case: Case, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor, t
     blocks = torch.randperm(len(slots) * max_blocks + 3)
     table = blocks[: len(slots) * max_blocks].view(-1, max_blocks).int()
     heads, size, dim = case.num_kv_heads, case.block_size, case.head_size
-    if not case.vec_layout:
-        caches = torch.full((2, len(blocks), size, heads, dim), torch.nan, dtype=case.dtype)
+    dtype = case.cache_dtype or case.dtype
+    if case.layout == "plain":
+        caches = torch.full((2, len(blocks), size, heads, dim), torch.nan).to(dtype)
         return caches[0], caches[1], table
-    memory = torch.full((len(blocks), heads, size, 2 * dim), torch.nan, dtype=case.dtype)
+    memory = torch.full((len(blocks), heads, size, 2 * dim), torch.nan).to(dtype)
+    if case.layout == "v2":
+        keys, values = memory.transpose(1, 2).split(dim, dim=-1)
+        return keys, values, table
     keys, values = memory.view(len(blocks), heads, 2 * size, dim).chunk(2, dim=2)
     keys = keys.view(len(blocks), heads, dim, size).permute(0, 3, 1, 2)
     return keys, values.transpose(1, 2), table
@@ -115,8 +131,8 @@ def dense_answer(case: Case) -> torch.Tensor:
     tensors, start = case.tensors, case.tensors["query_start_loc"].tolist()
     window = case.options.get("sliding_window") or -1
     answer = torch.zeros_like(tensors["query"], dtype=torch.float64)
-    for req, rows in enumerate(case.parents):
-        for row in range(len(rows)):
+    for req in range(len(case.parents)):
+        for out_row, row in enumerate(case.queries(req), start[req]):
             path, context = case.path(req, row), case.contexts[req]
             position = context + len(path) - 1
             at = {index: index for index in range(context)}  # slot -> position
@@ -126,9 +142,12 @@ def dense_answer(case: Case) -> torch.Tensor:
             blocks, offsets = zip(*(case.slot(req, index) for index in at), strict=True)
             keys = tensors["key_cache"][list(blocks), list(offsets)].double()
             values = tensors["value_cache"][list(blocks), list(offsets)].double()
-            answer[start[req] + row] = _attend_row(
-                case, tensors["query"][start[req] + row].double(), keys, values
+            keys, values = (
+                keys * case.options.get("k_scale", 1),
+                values * case.options.get("v_scale", 1),
             )
+            query = tensors["query"][out_row].double()
+            answer[out_row] = _attend_row(case, query, keys, values)
     return answer
 
 

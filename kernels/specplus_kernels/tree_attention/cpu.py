@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from specplus_kernels.cpu_library import DTYPES, Kernel
@@ -11,19 +14,27 @@ _ERRORS = {
     1: "request {} has more rows than its ancestor words have bits, or than 128",
     2: "request {} reads slots past its block table, or a block that is not in the cache",
 }
+_REFUSED = ("tail_lens", "tail_positions", "k_scale", "v_scale")
 _VECTOR = 16  # floats of the widest vector that the kernel may be compiled for
 
 
 def refuses(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    extended: Mapping[str, Any],
 ) -> str | None:
     """What the kernel does not take of these arguments, None if it takes them."""
+    refused = [name for name in _REFUSED if extended[name] is not None]
+    if refused:
+        return ", ".join(refused)
     _, block_size, num_kv_heads, head_size = key_cache.shape
     block, slot, head, dim = key_cache.stride()
     if num_kv_heads == 1:  # torch leaves the stride of a dimension of size 1 undefined
         head = value_cache.stride(2)
-    if query.dtype not in DTYPES:
-        return f"{query.dtype}"
+    if query.dtype not in DTYPES or key_cache.dtype != query.dtype:
+        return f"{query.dtype} queries on a {key_cache.dtype} cache"
     if head_size % _VECTOR or block_size % _VECTOR:
         return f"head_size {head_size} with block_size {block_size} (multiples of {_VECTOR})"
     if (slot, dim) != (1, block_size) or value_cache.stride() != (block, head_size, head, 1):
