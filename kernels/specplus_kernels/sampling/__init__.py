@@ -1,0 +1,1 @@
+"""What the verification ops share: the keyed noise, the batch of token trees, its result."""
