@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -223,21 +224,33 @@ def test_a_missing_hook_is_named(
     assert said.split()[-1] in str(error.value)
 
 
-def test_every_override_of_the_engine_is_a_checked_hook() -> None:
-    from vllm_specplus.engine import attention, v1, worker
-
+@pytest.mark.parametrize(
+    ("modules", "hooks"),
+    [
+        (("attention", "v1", "worker"), host.HOST_METHODS),
+        (("attention", "v2", "v2_verifier", "v2_speculator", "worker_v2"), host.V2_HOST_METHODS),
+    ],
+)
+def test_every_override_of_an_engine_is_a_checked_hook(
+    modules: tuple[str, ...], hooks: dict[str, str]
+) -> None:
     overridden = {
         f"{base.__name__}.{name}"
-        for module in (attention, v1, worker)
+        for module in (import_module(f"vllm_specplus.engine.{name}") for name in modules)
         for cls in vars(module).values()
         if isinstance(cls, type) and cls.__module__ == module.__name__
         for base in cls.__bases__
         for name in vars(cls)
-        if base.__module__.startswith("vllm.") and not name.startswith(("__", "_abc"))
+        if base.__module__.startswith("vllm.")
+        if name == "__call__" or not name.startswith(("__", "_abc"))
         if hasattr(base, name)
     }
     assert len(overridden) > 10
-    assert overridden - set(host.HOST_METHODS) == set()
+    assert overridden - set(hooks) == set()
+
+
+def test_the_v2_engine_finds_its_hooks() -> None:
+    assert [hook for hook in host.check_hooks(host.V2_ENGINE) if hook.missing] == []
 
 
 FRESH = {

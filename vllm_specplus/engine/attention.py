@@ -1,13 +1,13 @@
-"""Tree attention over vLLM's CPU attention backend.
+"""Tree attention over vLLM's attention backends.
 
-The backend is a subclass that delegates everything but tree rows. A step with branching trees
+A backend's subclass delegates everything but tree rows. A step with branching trees
 attaches `TreeRows` to the attention metadata; rows of such trees see the committed context and
 their ancestors, all others are causal and stay with vLLM's kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,12 @@ _VEC_LAYOUTS = ("vec", "vec16")
 class TreeRows:
     """What tree attention needs beside the host's metadata.
 
-    requests: int32 [num_trees], the requests to serve. covers_all: they are all there are, so
-    causal attention need not run. ancestor_mask: int64 [rows, words]. positions: int64 [rows].
-    context_lens: int32 [num_reqs], KV slots before each request's rows.
+    requests: int32 [num_trees], the requests to serve, None for all. covers_all: there are no
+    others, so causal attention need not run. ancestor_mask: int64 [rows, words]. positions: int64
+    [rows]. context_lens: int32 [num_reqs], KV slots before each request's rows.
     """
 
-    requests: torch.Tensor
+    requests: torch.Tensor | None
     covers_all: bool
     ancestor_mask: torch.Tensor
     positions: torch.Tensor
@@ -74,6 +74,56 @@ def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
+class TreeRowsMixin:
+    """Over an attention implementation of vLLM: causal attention by vLLM, tree rows by ours."""
+
+    kv_views: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    num_heads: int
+    head_size: int
+    scale: float
+    sliding_window: Any
+    logits_soft_cap: float
+    sinks: torch.Tensor | None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        tree: TreeRows | None = getattr(attn_metadata, "tree", None)
+        if tree is None or not tree.covers_all:
+            super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        if tree is not None:
+            num_rows = attn_metadata.num_actual_tokens
+            keys, values = type(self).kv_views(kv_cache)
+            tree_attention(
+                query[:num_rows],
+                keys,
+                values,
+                attn_metadata.block_table,
+                attn_metadata.query_start_loc,
+                tree.context_lens,
+                tree.ancestor_mask[:num_rows],
+                tree.positions[:num_rows],
+                scale=self.scale,
+                sliding_window=layer.sliding_window,
+                logits_soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
+                out=output[:num_rows].view(num_rows, self.num_heads, self.head_size),
+                requests=tree.requests,
+            )
+        return output
+
+
 class TreeCPUAttentionBackend(CPUAttentionBackend):
     """vLLM's CPU backend plus tree rows."""
 
@@ -101,43 +151,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(self.layer_names)
 
 
-class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Causal attention by vLLM, tree rows by the tree attention kernel."""
+class TreeCPUAttentionImpl(TreeRowsMixin, CPUAttentionBackendImpl):
+    """vLLM's CPU attention plus tree rows."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        tree: TreeRows | None = getattr(attn_metadata, "tree", None)
-        if tree is None or not tree.covers_all:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-            )
-        if tree is not None:
-            num_rows = attn_metadata.num_actual_tokens
-            keys, values = kv_views(kv_cache)
-            tree_attention(
-                query[:num_rows],
-                keys,
-                values,
-                attn_metadata.block_table,
-                attn_metadata.query_start_loc,
-                tree.context_lens,
-                tree.ancestor_mask,
-                tree.positions,
-                scale=self.scale,
-                sliding_window=self.sliding_window,
-                logits_soft_cap=self.logits_soft_cap,
-                sinks=self.sinks,
-                out=output[:num_rows].view(num_rows, self.num_heads, self.head_size),
-                requests=tree.requests,
-            )
-        return output
+    kv_views = staticmethod(kv_views)

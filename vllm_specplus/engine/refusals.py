@@ -125,5 +125,19 @@ def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
         reason = "vLLM samples there in a way that trees are not built for"
         yield "machine", platform.machine(), reason, "run on x86-64 or Arm"
     if vllm_config.use_v2_model_runner:
-        reason = "trees are built for the V1 model runner"
-        yield "VLLM_USE_V2_MODEL_RUNNER", 1, reason, "unset it"
+        yield from _v2_refusals(vllm_config)
+
+
+def _v2_refusals(vllm_config: Any) -> Iterator[Finding]:
+    model = vllm_config.model_config
+    if model.uses_mrope:
+        reason = "trees are not built for its positions in the V2 runner"
+        yield "model", model.model, reason, "use another model"
+    if model.return_sampling_mask:
+        yield "return_sampling_mask", True, "trees have no sampling masks", "drop it"
+    if model.logits_processors:
+        reason = "they read a request's rows as one sequence"
+        yield "logits_processors", model.logits_processors, reason, "drop them"
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        reason = "a tree is verified as a whole"
+        yield "enable_batch_sharded_sampling", True, reason, "drop it"

@@ -9,7 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_specplus.engine.host import check_hooks, find_hook, tree_engine, vllm_version
+from vllm_specplus.engine.host import (
+    V2_ENGINE,
+    check_hooks,
+    find_hook,
+    tree_engine,
+    vllm_version,
+    wanted_engine,
+)
 from vllm_specplus.engine.patches import PATCHES
 from vllm_specplus.engine.refusals import tree_refusals
 from vllm_specplus.errors import NotBuiltError
@@ -19,7 +26,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 def collect(model: str | None) -> dict[str, Any]:
     """All findings, ready for JSON; `ok`: token trees can run here (and with `model`, if any)."""
-    hooks = [*check_hooks(), *(find_hook(str(p), p.module, p.path) for p in PATCHES)]
+    hooks = [*check_hooks(wanted_engine()), *(find_hook(str(p), p.module, p.path) for p in PATCHES)]
     engine = _engine()
     refused = [] if model is None or engine["name"] is None else _refused(model)
     return {
@@ -64,7 +71,8 @@ def _engine() -> dict[str, str | None]:
         engine = tree_engine()
     except NotBuiltError as error:
         return {"name": None, "why": str(error)}
-    why = f"vLLM {vllm_version()} on a CPU uses its V1 runner, and every hook is there"
+    runner = "V2" if engine is V2_ENGINE else "V1"
+    why = f"vLLM {vllm_version()} on a CPU uses its {runner} runner, and every hook is there"
     return {"name": engine.name, "why": why}
 
 

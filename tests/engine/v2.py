@@ -1,0 +1,315 @@
+"""Scenarios of the V2 engine: `python -m tests.engine.v2 GROUP` prints how each of a group ended.
+
+They need a process whose vLLM has Triton: its interpreter, and a stand-in for the `cpu` backend of
+Triton that vLLM looks for.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+import triton.backends
+
+import tests.conftest  # noqa: F401  (the environment of all tests)
+
+CPU_BACKEND = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+triton.backends.backends["cpu"] = CPU_BACKEND
+
+import json
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
+import wrapt
+from specplus_kernels import dispatch
+from vllm import LLM
+from vllm.platforms.cpu import CpuPlatform
+
+from tests.engine.apart import RESULT
+from tests.engine.engines import DEFAULTS, Engine, Request, model_path
+from tests.engine.features import (
+    FEATURES,
+    assert_equal,
+    differ,
+    params,
+    prompts,
+    requests,
+)
+from tests.engine.proposers import continuations, learn, plant, truth
+from vllm_specplus.core.tree import Tree
+from vllm_specplus.engine import v2
+from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
+
+topk_topp.HAS_TRITON = False  # this kernel of vLLM's does not run in the interpreter
+
+
+def _bool_masks(wrapped: Callable, _: Any, args: tuple, kwargs: dict) -> Any:
+    """Some kernels of vLLM's mask with integers, which the compiler takes and the interpreter does
+    not."""
+    at = 1 if wrapped.__name__ == "create_masked_load" else 2
+    args[at].data = args[at].data.astype(bool)
+    return wrapped(*args, **kwargs)
+
+
+for _name in ("create_masked_load", "create_masked_store"):
+    wrapt.wrap_function_wrapper(
+        "triton.runtime.interpreter", f"InterpreterBuilder.{_name}", _bool_masks
+    )
+
+
+NUM_NODES = 8
+TREE = dict(
+    speculative_model="[ngram]", num_speculative_tokens=5, speculative_tree=f"dynamic:{NUM_NODES}"
+)
+MAX_TOKENS = 16
+Provider = Literal["reference", "triton"]
+
+
+class Oracle(NgramTreeSpeculator):
+    """Random trees with the true continuation hidden in them; chains where one is asked for."""
+
+    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([self._codes(slot) for slot in input_batch.idx_mapping.tolist()])
+
+    def _codes(self, slot: int) -> list[int]:
+        length = int(self.req_states.total_len.gpu[slot])
+        known = self.req_states.all_token_ids.gpu[slot, :length].tolist()
+        rng = random.Random(repr(known[-8:]) + str(length))
+        chain = bool(self.chain_only[slot])
+        parents = [row if chain else rng.randint(0, row) for row in range(NUM_NODES)]
+        rest = rng.choice([r for r in continuations(truth(), known) if r] or [[]])
+        planted = plant(rest, parents, rng)
+        return Tree(planted.tokens, planted.parents).encode()
+
+
+class Moved:
+    """Counts what the commits accepted and moved."""
+
+    def __init__(self) -> None:
+        self.accepted = self.moved = 0
+        commit = v2.TreeModelStateMixin.commit
+
+        def counted(state: Any, input_batch: Any, path: torch.Tensor) -> None:
+            self.accepted += int((path > 0).sum())
+            self.moved += int((path > torch.arange(path.shape[1])).sum())
+            commit(state, input_batch, path)
+
+        v2.TreeModelStateMixin.commit = counted  # type: ignore[assignment,method-assign]
+
+
+MOVED = Moved()
+
+
+_STARTED: list[Engine] = []
+"""vLLM tears the process' distributed state down, for all engines, when one is collected."""
+
+
+@cache
+def engine(model: str, kind: str, options: tuple[tuple[str, Any], ...] = ()) -> Engine:
+    """kind: plain, ngram or oracle."""
+    speculator = Oracle if kind == "oracle" else NgramTreeSpeculator
+    settings = DEFAULTS | dict(max_num_seqs=8) | ({} if kind == "plain" else TREE) | dict(options)
+    with mock.patch.object(v2, "NgramTreeSpeculator", speculator):
+        _STARTED.append(Engine(LLM(str(model_path(model)), **settings), None))
+    return _STARTED[-1]
+
+
+def asked(feature: str, num: int = 4, **options: Any) -> list[Request]:
+    return requests(feature, num, **dict(max_tokens=MAX_TOKENS) | options)
+
+
+def plain_run(model: str, wanted: list[Request], **options: Any) -> list:
+    outputs = engine(model, "plain", tuple(options.items())).run(
+        [Request(request.prompt, request.params) for request in wanted]
+    )
+    for request, output in zip(wanted, outputs, strict=True):
+        for sequence in output.outputs:
+            learn(request.prompt, sequence.token_ids)
+    return outputs
+
+
+def equal(
+    wanted: list[Request],
+    kind: str = "oracle",
+    model: str = "llama",
+    provider: Provider = "reference",
+    moves: bool = True,
+    **options: Any,
+) -> None:
+    """Runs the requests plainly and with trees; raises AssertionError unless they agree."""
+    with dispatch.force(provider):
+        plain = plain_run(model, wanted, **options)
+        before = MOVED.moved
+        assert_equal(engine(model, kind, tuple(options.items())).run(wanted), plain)
+    assert MOVED.moved > before or not moves, "no accepted node had to move"
+
+
+def feature(name: str) -> Callable[[], None]:
+    """vLLM's V2 sampler takes at most 128 stop tokens."""
+    chain = (
+        "repetition",
+        "presence",
+        "frequency",
+        "penalt",
+        "bad_words",
+        "regex",
+        "choice",
+        "json",
+    )
+    short = name in ("one_token", "stop_string_kept", "min_tokens_seed")
+    moves = not (short or any(word in name for word in chain))
+    options: dict[str, Any] = {} if name == "one_token" else dict(max_tokens=MAX_TOKENS)
+    if "min_tokens" in name:
+        options["stop_token_ids"] = list(range(300, 420))
+    return lambda: equal(requests(name, 3, **options), moves=moves)
+
+
+def whole_batch(**options: Any) -> None:
+    names = [n for n in FEATURES if n not in ("one_token", "n", "min_tokens", "min_tokens_seed")]
+    wanted = [
+        Request(prompt, params(name, index, max_tokens=MAX_TOKENS), arrival=index // 3)
+        for index, (name, prompt) in enumerate(zip(names, prompts(len(names)), strict=True))
+    ]
+    equal(wanted, **options)
+
+
+def prefix_cache() -> None:
+    first = asked("greedy", 3, max_tokens=90, ignore_eos=True)
+    plain = plain_run("llama", first)
+    trees = engine("llama", "oracle")
+    outputs = trees.run(first)
+    assert_equal(outputs, plain)
+    second = [
+        Request([*r.prompt, *o.outputs[0].token_ids, 300 + i], r.params)
+        for i, (r, o) in enumerate(zip(first, outputs, strict=True))
+    ]
+    plain = plain_run("llama", second)
+    outputs = trees.run(second, keep_cache=True)
+    assert_equal(outputs, plain)
+    cached = [o.num_cached_tokens - len(r.prompt) for o, r in zip(outputs, first, strict=True)]
+    assert min(cached) > 32, "no generated block was reused"
+
+
+def preemption() -> None:
+    wanted = asked("greedy", 5, max_tokens=100, ignore_eos=True) + asked("seed", 2, max_tokens=100)
+    options: dict[str, Any] = dict(num_gpu_blocks_override=16, max_model_len=256)
+    scheduler = engine("llama", "oracle", tuple(options.items())).scheduler
+    with mock.patch.object(
+        scheduler, "_preempt_request", side_effect=scheduler._preempt_request
+    ) as preempted:
+        equal(wanted, **options)
+    assert preempted.called
+
+
+def arrivals_and_aborts() -> None:
+    wanted = [replace(r, arrival=2 * i) for i, r in enumerate(asked("greedy", 6))]
+    plain = plain_run("llama", wanted)
+    run = [replace(r, abort_at=r.arrival + 4 if i == 2 else None) for i, r in enumerate(wanted)]
+    outputs = engine("llama", "oracle").run(run)
+    kept = [i for i in range(6) if i != 2]
+    assert_equal([outputs[i] for i in kept], [plain[i] for i in kept])
+
+
+def longest_length() -> None:
+    wanted = asked("greedy", 3, max_tokens=None, ignore_eos=True)
+    wanted += [Request([300] * n, params("greedy", max_tokens=None)) for n in (125, 126, 127)]
+    equal(wanted, max_model_len=128)
+
+
+def async_scheduling() -> None:
+    """The platform switches it off on CPUs, where it gains nothing; the engine must bear it."""
+    decide = CpuPlatform.check_and_update_config
+
+    def decide_async(vllm_config: Any) -> None:
+        decide(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    wanted = [*asked("greedy", 3), *asked("seed", 3)]
+    plain = plain_run("llama", wanted)
+    with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(decide_async)):
+        trees = engine("llama", "oracle", (("max_num_seqs", 6),))
+    assert trees.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    before = MOVED.moved
+    assert_equal(trees.run(wanted), plain)
+    assert MOVED.moved > before
+
+
+@contextmanager
+def sabotage(owner: Any, name: str, value: Any) -> Iterator[None]:
+    with mock.patch.object(owner, name, value):
+        yield
+
+
+def control(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """A part taken out: the text must change."""
+
+    def run() -> None:
+        wanted = asked("greedy", 4, max_tokens=40)
+        plain = plain_run("llama", wanted)
+        with sabotage(owner, name, value):
+            outputs = engine("llama", "oracle").run(wanted)
+        assert differ(outputs, plain), "the text did not change"
+
+    return run
+
+
+def no_mask(codes: Any, start: Any, rows: Any, positions: Any, mask: torch.Tensor) -> None:
+    STAGE(codes, start, rows, positions, mask)
+    mask.fill_(-1)
+
+
+def no_positions(codes: Any, start: Any, rows: Any, positions: Any, mask: torch.Tensor) -> None:
+    STAGE(codes, start, rows, positions.clone(), mask)
+
+
+STAGE = v2.tree_stage
+SCENARIOS: dict[str, Callable[[], None]] = {
+    **{f"feature: {name}": feature(name) for name in FEATURES},
+    "schedule: ngram trees": lambda: equal(
+        asked("greedy", 6, max_tokens=60), kind="ngram", moves=False
+    ),
+    "schedule: sliding window": lambda: equal(asked("greedy", 4, max_tokens=60), model="sliding"),
+    "schedule: sliding window, seed": lambda: equal(asked("seed", 4), model="sliding"),
+    "schedule: whole batch": whole_batch,
+    "schedule: chunked prefill": lambda: whole_batch(max_num_batched_tokens=64),
+    "schedule: prefix cache": prefix_cache,
+    "schedule: preemption": preemption,
+    "schedule: arrivals and aborts": arrivals_and_aborts,
+    "schedule: longest length": longest_length,
+    "schedule: async": async_scheduling,
+    "control: no commit": control(v2.KVCommitPlan, "__call__", lambda *_: None),
+    "control: no mask": control(v2, "tree_stage", no_mask),
+    "control: no depth positions": control(v2, "tree_stage", no_positions),
+    "triton: greedy": lambda: equal(asked("greedy", 3, max_tokens=10), provider="triton"),
+    "triton: seed": lambda: equal(asked("seed", 3, max_tokens=10), provider="triton"),
+    "triton: sliding window": lambda: equal(
+        asked("seed", 2, max_tokens=8), model="sliding", provider="triton"
+    ),
+    "triton: ngram trees": lambda: equal(
+        asked("greedy", 2, max_tokens=10), kind="ngram", provider="triton", moves=False
+    ),
+}
+
+
+def outcome(name: str) -> str:
+    try:
+        SCENARIOS[name]()
+    except Exception:
+        engine.cache_clear()  # what failed may have left requests behind
+        return traceback.format_exc()
+    return "ok"
+
+
+if __name__ == "__main__":
+    names = [name for name in SCENARIOS if name.startswith(sys.argv[1])]
+    print("\n" + RESULT + json.dumps({name: outcome(name) for name in names}), flush=True)

@@ -1,0 +1,139 @@
+"""Verification in the V2 runner: vLLM's rejection sampler with the walk through a tree in it.
+
+vLLM's own code processes the logits, cuts large batches into chunks, counts and collects; the
+target's token at each row is drawn with its noise, keyed by seed and position, so that what is
+emitted is what the runner would have sampled without drafts, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from specplus_kernels.tree_verify import tree_verify
+
+from vllm_specplus.engine.compat_v2 import (
+    InputBatch,
+    LogprobsTensors,
+    RejectionSampler,
+    Sampler,
+    SamplerOutput,
+    compute_topk_scores,
+)
+
+if TYPE_CHECKING:
+    from vllm_specplus.engine.v2 import TreeModelStateMixin
+
+
+class _Chunk(NamedTuple):
+    """The requests of a chunk: slots by request, and by logits row."""
+
+    idx_mapping_np: np.ndarray
+    expanded_idx_mapping: torch.Tensor
+
+
+class TreeVerifier(RejectionSampler):
+    """One token per row, then the path of nodes that equal it."""
+
+    def __init__(self, sampler: Sampler, state: TreeModelStateMixin) -> None:
+        super().__init__(sampler, state.vllm_config.speculative_config, state.device)
+        self._state = state
+        self._parents = self._positions = torch.empty(0)
+        self._paths: list[torch.Tensor] = []
+        self._rows_done = 0
+        self._chunk: _Chunk
+
+    def __call__(
+        self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
+    ) -> SamplerOutput:
+        """As vLLM's; the accepted paths are committed before it returns."""
+        self._positions = self._state.positions[input_batch.logits_indices]
+        self._parents = self._parents_of(input_batch)
+        self._paths, self._rows_done = [], 0
+        output = super().__call__(logits, input_batch, *args, **kwargs)
+        self._state.commit(input_batch, torch.cat(self._paths))
+        return output
+
+    def _parents_of(self, input_batch: InputBatch) -> torch.Tensor:
+        """Local row of each logits row's parent, -1 for roots: int64 [num_logits]."""
+        row = input_batch.expanded_local_pos.long()
+        drafts = self.sampler.req_states.draft_tokens
+        codes = drafts[input_batch.expanded_idx_mapping, (row - 1).clamp(min=0)]
+        return torch.where(row > 0, row - 1 - (codes >> 32).clamp(min=0), -1)
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._chunk = _Chunk(idx_mapping_np, expanded_idx_mapping)
+        rows = slice(self._rows_done, self._rows_done + len(logits))
+        self._rows_done = rows.stop
+        positions = self._positions[rows]
+        processed = self.sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            positions,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        states = self.sampler.sampling_states
+        verified, _ = tree_verify(
+            processed,
+            verify_draft_sampled.long(),
+            self._parents[rows],
+            cu_num_logits,
+            states.temperature.gpu[expanded_idx_mapping],
+            states.seeds.gpu[expanded_idx_mapping],
+            positions,
+            max_rows=1 + self.num_speculative_steps,
+        )
+        self._paths.append(verified.path)
+        return processed, verified.tokens, verified.num_emitted
+
+    def _get_logprobs_tensors(
+        self,
+        sampled: torch.Tensor,
+        num_sampled: torch.Tensor,
+        logits: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        cu_num_logits_np: np.ndarray,
+        max_num_logprobs: int,
+    ) -> LogprobsTensors | None:
+        """As vLLM's for the rows of the path, which come first among a request's rows; and with the
+        tokens that a request names itself, which vLLM's leaves out."""
+        chunk, path = self._chunk, self._paths[-1]
+        dims = self.sampler.get_logprobs_dims(chunk.idx_mapping_np)
+        if dims is None:
+            return None
+        num_logprobs, max_token_ids = dims
+        # Padding repeats what the first root says of itself, so nothing waits for a count.
+        on_path, roots = path >= 0, cu_num_logits[:-1, None].long()
+        places = (roots + torch.arange(path.shape[1], device=path.device)).where(on_path, 0)
+        order = torch.arange(len(logits), device=logits.device)
+        order[places] = (roots + path).where(on_path, 0)
+        tokens = torch.zeros_like(order)
+        tokens[places] = sampled.where(on_path, sampled[0, 0])
+        return compute_topk_scores(
+            logits[order],
+            num_logprobs,
+            tokens,
+            cu_num_logits_np.tolist(),
+            self.sampler.logprob_token_ids_state,
+            chunk.expanded_idx_mapping,
+            max_token_ids,
+            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+        )
