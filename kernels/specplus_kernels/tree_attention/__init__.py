@@ -23,11 +23,13 @@ from typing import Any
 import torch
 
 from specplus_kernels import dispatch
+from specplus_kernels.opaque import opaque
 from specplus_kernels.tree_attention import cpu, reference
 
 __all__ = ["tree_attention"]
 
 
+@opaque
 def tree_attention(
     query: torch.Tensor,  # [num_tokens, num_heads, head_size] bf16, fp16 or fp32
     # [num_blocks, block_size, num_kv_heads, head_size] of any strides, as query or float8_e4m3fn

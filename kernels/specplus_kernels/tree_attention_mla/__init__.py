@@ -19,11 +19,13 @@ from collections.abc import Callable
 import torch
 
 from specplus_kernels import dispatch
+from specplus_kernels.opaque import opaque
 from specplus_kernels.tree_attention import check_indices, check_scales, check_tail, reference
 
 __all__ = ["tree_attention_mla"]
 
 
+@opaque
 def tree_attention_mla(
     query: torch.Tensor,  # [num_tokens, num_heads, kv_lora_rank + rope_size] bf16, fp16 or fp32
     # [num_blocks, block_size, kv_lora_rank + rope_size], any strides, as query or float8_e4m3fn
