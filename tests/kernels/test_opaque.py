@@ -17,7 +17,7 @@ from tests.kernels.attention_case import chain, make_case, random_tree
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_tree_attention_compiles_into_one_graph(any_provider: str, backend: str) -> None:
     case = make_case([random_tree(5), chain(2)], [40, 3])
-    given = {"scale": 0.125, **case.tensors}
+    given: dict[str, Any] = {"scale": 0.125, **case.tensors}
 
     def layer(query: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(query)
