@@ -2,7 +2,8 @@
 
 A benchmark adds one case per size: our op, which runs under each of our providers, and its peers.
 All are compared with our reference, then timed in turns, so that a slow spell of the machine hits
-all of them. The quantiles go to the screen and to `benchmarks/results/kernels_<op>.csv`.
+all of them; a peer that raises is named and left out. The quantiles go to the screen and to
+`benchmarks/results/kernels_<op>.csv`.
 
 On a GPU each call is timed between two events after a pass over a buffer larger than the L2 cache,
 which also gives the host time to queue the launches. Where a case counts its bytes and operations,
@@ -29,7 +30,8 @@ from benchmarks import provenance
 RESULTS = Path(__file__).parent / "results"
 WARM_UP, MAX_ROUNDS = 5, 500  # per case and provider
 CPU_SECONDS, GPU_SECONDS = 1.0, 0.1  # likewise
-FLUSH_BYTES = 512 << 20  # ten times the L2 cache of an H100; takes about 0.2 ms there
+# Forty times the L2 cache of an H100; takes about 0.7 ms there, enough to queue some ten launches.
+FLUSH_BYTES = 2 << 30
 COPY_BYTES, MATRIX_SIZE = 1 << 30, 8192
 
 
@@ -101,9 +103,17 @@ class Benchmark:
         calls |= {peer: (self.our_providers[0], call) for peer, call in peers.items()}
         with dispatch.force("reference"):
             expected = result(ours)
-        for which, call in calls.values():
+        for name, (which, call) in tuple(calls.items()):
             with dispatch.force(which):
-                torch.testing.assert_close(result(call), expected, atol=atol, rtol=rtol)
+                try:
+                    found = result(call)
+                except Exception as error:
+                    if name not in peers:
+                        raise
+                    print(f"{self.op} {size}: {name} is left out, it raised {error!r}")
+                    del calls[name]
+                    continue
+            torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
         for provider, times in _time_in_turns(calls, before, self.device).items():
             p20, p50, p80 = (round(times[int(len(times) * q)] * 1e6, 2) for q in (0.2, 0.5, 0.8))
             shares = self._shares(p50, num_bytes, num_flops)

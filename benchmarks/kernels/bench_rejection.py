@@ -85,8 +85,8 @@ def _standard(
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """Standard rejection of chains of equal length, [num_reqs, LENGTH] tokens."""
-    rows, local = torch.arange(len(drafts), device=drafts.device), torch.arange(LENGTH)
-    local = local.to(drafts.device)
+    rows = torch.arange(len(drafts), device=drafts.device)
+    local = torch.arange(LENGTH, device=drafts.device)
     p, q = logits.float().softmax(1), draft_logits.float().softmax(1)
     x = drafts.roll(-1)
     root = rows - rows % LENGTH

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from tests.engine.configs import LATENT_ATTENTION, LLAMA, MAMBA, write_config
 from vllm_specplus.engine import patches
 from vllm_specplus.engine.patches import Patch
-from vllm_specplus.engine.refusals import tree_refusals
+from vllm_specplus.engine.refusals import tree_refusals, v2_refusals
 from vllm_specplus.errors import NotBuiltError, OptionError
 
 ARG_UTILS = "vllm.engine.arg_utils"
@@ -206,6 +207,26 @@ def test_v2_runner_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(NotBuiltError, match=r"^VLLM_USE_V2_MODEL_RUNNER=1 selects"):
         build(model, **TREE)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("model_config.return_sampling_mask", True, "no sampling masks"),
+        ("model_config.logits_processors", ["a.B"], "as one sequence"),
+        ("model_config.enable_trace_replay", True, "does not replay"),
+        ("parallel_config.enable_batch_sharded_sampling", True, "verified as a whole"),
+        ("additional_config", {"specplus": {"ngram_prompt_lookup_max": 17}}, "16 tokens back"),
+    ],
+)
+def test_refused_in_the_v2_runner(model: str, path: str, value: Any, said: str) -> None:
+    config = build(model)
+    assert list(v2_refusals(config)) == []
+    *owners, name = path.split(".")
+    setattr(reduce(getattr, owners, config), name, value)
+    ((field, found, reason, _),) = v2_refusals(config)
+    assert path.endswith(field) or field.startswith("ngram")
+    assert said in reason and found
 
 
 def test_option_errors_are_of_the_kinds_that_users_expect() -> None:

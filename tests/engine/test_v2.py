@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton in th
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("group", "at_least"), [("feature", 30), ("schedule", 6), ("control", 3), ("triton", 4)]
+    ("group", "at_least"), [("feature", 30), ("schedule", 13), ("control", 3), ("triton", 4)]
 )
 def test_scenarios(group: str, at_least: int) -> None:
     command = [sys.executable, "-m", "tests.engine.v2", group]

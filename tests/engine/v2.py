@@ -34,6 +34,7 @@ import wrapt
 from specplus_kernels import dispatch
 from vllm import LLM
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 from tests.engine.apart import RESULT
 from tests.engine.engines import DEFAULTS, Engine, Request, model_path
@@ -45,6 +46,7 @@ from tests.engine.features import (
     prompts,
     requests,
 )
+from tests.engine.models import VOCAB_SIZE
 from tests.engine.proposers import continuations, learn, plant, truth
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine import v2
@@ -97,14 +99,14 @@ class Moved:
 
     def __init__(self) -> None:
         self.accepted = self.moved = 0
-        commit = v2.TreeModelStateMixin.commit
+        commit = v2.TreeModelState.commit
 
         def counted(state: Any, input_batch: Any, path: torch.Tensor) -> None:
             self.accepted += int((path > 0).sum())
             self.moved += int((path > torch.arange(path.shape[1])).sum())
             commit(state, input_batch, path)
 
-        v2.TreeModelStateMixin.commit = counted  # type: ignore[assignment,method-assign]
+        v2.TreeModelState.commit = counted  # type: ignore[assignment,method-assign]
 
 
 MOVED = Moved()
@@ -143,15 +145,17 @@ def equal(
     kind: str = "oracle",
     model: str = "llama",
     provider: Provider = "reference",
+    accepts: bool = True,
     moves: bool = True,
     **options: Any,
 ) -> None:
     """Runs the requests plainly and with trees; raises AssertionError unless they agree."""
     with dispatch.force(provider):
         plain = plain_run(model, wanted, **options)
-        before = MOVED.moved
+        accepted, moved = MOVED.accepted, MOVED.moved
         assert_equal(engine(model, kind, tuple(options.items())).run(wanted), plain)
-    assert MOVED.moved > before or not moves, "no accepted node had to move"
+    assert MOVED.accepted > accepted or not accepts, "no node was accepted"
+    assert MOVED.moved > moved or not moves, "no accepted node had to move"
 
 
 def feature(name: str) -> Callable[[], None]:
@@ -171,7 +175,7 @@ def feature(name: str) -> Callable[[], None]:
     options: dict[str, Any] = {} if name == "one_token" else dict(max_tokens=MAX_TOKENS)
     if "min_tokens" in name:
         options["stop_token_ids"] = list(range(300, 420))
-    return lambda: equal(requests(name, 3, **options), moves=moves)
+    return lambda: equal(requests(name, 3, **options), accepts=not short, moves=moves)
 
 
 def whole_batch(**options: Any) -> None:
@@ -185,10 +189,11 @@ def whole_batch(**options: Any) -> None:
 
 def prefix_cache() -> None:
     first = asked("greedy", 3, max_tokens=90, ignore_eos=True)
-    plain = plain_run("llama", first)
+    plain, before = plain_run("llama", first), MOVED.moved
     trees = engine("llama", "oracle")
     outputs = trees.run(first)
     assert_equal(outputs, plain)
+    assert MOVED.moved > before, "no accepted node had to move"
     second = [
         Request([*r.prompt, *o.outputs[0].token_ids, 300 + i], r.params)
         for i, (r, o) in enumerate(zip(first, outputs, strict=True))
@@ -226,7 +231,7 @@ def longest_length() -> None:
     equal(wanted, max_model_len=128)
 
 
-def async_scheduling() -> None:
+def async_scheduling(wanted: list[Request], model: str = "llama", **options: Any) -> None:
     """The platform switches it off on CPUs, where it gains nothing; the engine must bear it."""
     decide = CpuPlatform.check_and_update_config
 
@@ -234,14 +239,25 @@ def async_scheduling() -> None:
         decide(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
-    wanted = [*asked("greedy", 3), *asked("seed", 3)]
-    plain = plain_run("llama", wanted)
+    plain = plain_run(model, wanted, **options)
     with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(decide_async)):
-        trees = engine("llama", "oracle", (("max_num_seqs", 6),))
+        trees = engine(model, "oracle", (("max_num_seqs", 6), *options.items()))
     assert trees.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     before = MOVED.moved
     assert_equal(trees.run(wanted), plain)
     assert MOVED.moved > before
+
+
+def verified_in_chunks() -> None:
+    """Every request is a chunk of its own, with or without logprobs."""
+    names = ("greedy", "logprobs", "seed", "logprobs_seed", "logprobs_penalty", "json")
+    wanted = [
+        Request(prompt, params(name, index, max_tokens=MAX_TOKENS))
+        for index, (name, prompt) in enumerate(zip(names, prompts(len(names)), strict=True))
+    ]
+    one_tree = 4 * VOCAB_SIZE * (1 + NUM_NODES)
+    with mock.patch.object(rejection_sampler, "MAX_CHUNK_BYTES", one_tree):
+        equal(wanted)
 
 
 @contextmanager
@@ -286,7 +302,20 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "schedule: preemption": preemption,
     "schedule: arrivals and aborts": arrivals_and_aborts,
     "schedule: longest length": longest_length,
-    "schedule: async": async_scheduling,
+    "schedule: async": lambda: async_scheduling([*asked("greedy", 3), *asked("seed", 3)]),
+    "schedule: async, sliding window": lambda: async_scheduling(
+        asked("greedy", 4, max_tokens=60), "sliding"
+    ),
+    "schedule: async, preemption": lambda: async_scheduling(
+        asked("greedy", 6, max_tokens=100, ignore_eos=True),
+        num_gpu_blocks_override=16,
+        max_model_len=256,
+    ),
+    "schedule: verified in chunks": verified_in_chunks,
+    "schedule: processed logprobs": lambda: equal(
+        requests("greedy", 4, max_tokens=MAX_TOKENS, logprobs=3, temperature=0.7, top_k=20),
+        logprobs_mode="processed_logprobs",
+    ),
     "control: no commit": control(v2.KVCommitPlan, "__call__", lambda *_: None),
     "control: no mask": control(v2, "tree_stage", no_mask),
     "control: no depth positions": control(v2, "tree_stage", no_positions),

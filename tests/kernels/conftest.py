@@ -16,6 +16,11 @@ from specplus_kernels import cpu_library, dispatch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A machine with a GPU need not have pytest-timeout, whose marker this is."""
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype.is_floating_point:
         return tensor.fill_(torch.nan)

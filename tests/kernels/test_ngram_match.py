@@ -16,8 +16,7 @@ import torch
 from specplus_kernels.ngram_match import ngram_match
 from specplus_kernels.tree_grow import TreeRows
 
-from tests.kernels.tree_case import assert_rows
-from vllm_specplus.core.tree import Tree
+from tests.kernels.tree_case import Tree, assert_rows
 
 OPTIONS: dict[str, Any] = {
     "min_n": 1,

@@ -17,9 +17,7 @@ import pytest
 import torch
 from specplus_kernels.tree_grow import expand, rerank
 
-from tests.kernels.tree_case import assert_rows
-from vllm_specplus.core.growth import grow
-from vllm_specplus.core.tree import Tree
+from tests.kernels.tree_case import Tree, assert_rows
 
 SCORE_TOLERANCE = 1e-5  # fp32 sums of up to 152k exponentials, and scores of magnitude up to 50
 FLOOR, CEILING = -3e38, torch.finfo(torch.float32).max
@@ -263,6 +261,7 @@ def test_min_score(gpu_provider: str) -> None:
 @pytest.mark.parametrize(("k", "depth"), [(4, 2), (3, 3), (2, 4)])
 def test_wide_frontiers_are_best_first_growth(gpu_provider: str, k: int, depth: int) -> None:
     """Where every candidate is expanded, expand and rerank equal core.growth.grow."""
+    grow = pytest.importorskip("vllm_specplus.core.growth").grow
     vocab_size, num_nodes = 50, 12
     logits: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -270,7 +269,7 @@ def test_wide_frontiers_are_best_first_growth(gpu_provider: str, k: int, depth: 
         values = logits.setdefault(path, torch.randn(vocab_size) * 3).tolist()
         return children_of(values, k)
 
-    grown = grow(children, num_nodes, depth)
+    grown = grow(children, num_nodes, depth).tree(num_nodes)
     candidates, frontier = Candidates(1, sum(k**d for d in range(1, depth + 1))), None
     paths: dict[int, tuple[int, ...]] = {-1: ()}
     for level in range(1, depth + 1):
@@ -282,7 +281,7 @@ def test_wide_frontiers_are_best_first_growth(gpu_provider: str, k: int, depth: 
         for node, (token, parent, _) in zip(count(start), candidates.level(start)[0], strict=False):
             paths[node] = (*paths[parent], token)
     rows = rerank(candidates.tokens, candidates.parents, candidates.scores, num_nodes=num_nodes)
-    assert_rows(rows, [grown.tree(num_nodes)], num_nodes)
+    assert_rows(rows, [Tree(list(grown.tokens), list(grown.parents))], num_nodes)
 
 
 def test_errors(gpu_provider: str) -> None:

@@ -57,19 +57,21 @@ V2_HOST_METHODS: dict[str, str] = {
     "CPUModelRunner.load_model": "",
     "model_runner.init_speculator": "vllm_config device req_states",
     "model_runner.init_model_state": "vllm_config model encoder_cache device",
-    "ModelState.custom_sampler": "sampler",
-    "ModelState.initialize_kv_cache": "kv_cache_config block_tables",
-    "ModelState.add_request": "req_index new_req_data",
-    "ModelState.prepare_attn": "input_batch cudagraph_mode block_tables slot_mappings attn_groups "
-    "kv_cache_config for_capture ubatch_idx",
-    "ModelState.prepare_inputs": "input_batch req_states",
-    "ModelState.prepare_dummy_inputs": "num_reqs num_tokens",
+    "DefaultModelState.custom_sampler": "sampler",
+    "DefaultModelState.initialize_kv_cache": "kv_cache_config block_tables",
+    "DefaultModelState.add_request": "req_index new_req_data",
+    "DefaultModelState.prepare_attn": "input_batch cudagraph_mode block_tables slot_mappings "
+    "attn_groups kv_cache_config for_capture ubatch_idx",
+    "DefaultModelState.prepare_inputs": "input_batch req_states",
+    "DefaultModelState.prepare_dummy_inputs": "num_reqs num_tokens",
     "GPUModelRunner.load_model": "",
     "RejectionSampler.__call__": "logits input_batch draft_logits invalid_drafts",
     "RejectionSampler._verify": "logits draft_logits draft_sampled pos cu_num_logits idx_mapping "
     "idx_mapping_np expanded_idx_mapping expanded_local_pos seq_lens_upper_bound_np "
     "verify_draft_sampled",
-    "RejectionSampler._get_logprobs_tensors": "sampled num_sampled logits cu_num_logits",
+    "RejectionSampler._get_logprobs_tensors": "sampled num_sampled logits cu_num_logits "
+    "cu_num_logits_np max_num_logprobs",
+    "Sampler.get_logprobs_dims": "idx_mapping_np",
     "Sampler.apply_sampling_params": "logits expanded_idx_mapping idx_mapping idx_mapping_np pos "
     "input_ids expanded_local_pos seq_lens_upper_bound_np",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
@@ -159,8 +161,9 @@ def check_version(version: str | None) -> None:
 
 def check_hooks(engine: Engine = CPU_ENGINE) -> list[Hook]:
     """Every vLLM name that the engine imports, overrides or calls."""
-    modules = {name: module for file in engine.compat for name, module in _compat_imports(file)}
-    hooks = [find_hook(f"{module}.{name}", module, name) for name, module in modules.items()]
+    imports = [pair for file in engine.compat for pair in _compat_imports(file)]
+    hooks = [find_hook(f"{m}.{name}", m, name) for name, m in dict.fromkeys(imports)]
+    modules = dict(imports)  # of equal names that of the engine's own file, which comes last
     for path, parameters in engine.hooks.items():
         name = path.partition(".")[0]
         hooks.append(find_hook(path, modules.get(name, ""), path, parameters))

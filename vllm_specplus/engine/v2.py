@@ -34,7 +34,6 @@ from vllm_specplus.engine.compat_v2 import (
     DefaultModelState,
     GPUModelRunner,
     InputBatch,
-    ModelState,
     RequestState,
     Sampler,
     model_runner,
@@ -45,8 +44,8 @@ from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.errors import not_built
 
 
-class TreeModelStateMixin(ModelState):
-    """Stages the trees of a step and commits what was accepted, over vLLM's own model state.
+class TreeModelState(DefaultModelState):
+    """vLLM's model state, which stages the trees of a step and commits what was accepted.
 
     Buffers are allocated once: CUDA graphs read them at the address of their capture.
     """
@@ -208,8 +207,8 @@ def needs_chain(params: SamplingParams | None) -> bool:
     )
 
 
-def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any) -> ModelState:
-    """vLLM's `init_model_state` with trees mixed in.
+def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any) -> TreeModelState:
+    """vLLM's `init_model_state` for trees.
 
     Raises NotBuiltError for a model whose state is not vLLM's default one.
     """
@@ -221,7 +220,7 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
             f"keeps its state in {cls.__name__}, which trees were not built for",
             "use speculative_tree='chain'",
         )
-    return type("TreeModelState", (TreeModelStateMixin, cls), {})(vllm_config, model, *args)
+    return TreeModelState(vllm_config, model, *args)
 
 
 class _TreeRunner(GPUModelRunner):

@@ -18,13 +18,13 @@ class NgramTreeSpeculator(BaseSpeculator):
 
     supports_mm_inputs = False
     draft_logits = None
+    chain_only: torch.Tensor  # [max_num_reqs] bool, the model state's
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
     ) -> None:
         self.config = SpecPlusConfig.model_validate(vllm_config.additional_config["specplus"])
         self.req_states = req_states
-        self.chain_only = torch.zeros(req_states.max_num_reqs, dtype=torch.bool, device=device)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to capture: there is no draft model."""

@@ -7,7 +7,7 @@ emitted is what the runner would have sampled without drafts, bit for bit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,26 +23,19 @@ from vllm_specplus.engine.compat_v2 import (
 )
 
 if TYPE_CHECKING:
-    from vllm_specplus.engine.v2 import TreeModelStateMixin
-
-
-class _Chunk(NamedTuple):
-    """The requests of a chunk: slots by request, and by logits row."""
-
-    idx_mapping_np: np.ndarray
-    expanded_idx_mapping: torch.Tensor
+    from vllm_specplus.engine.v2 import TreeModelState
 
 
 class TreeVerifier(RejectionSampler):
     """One token per row, then the path of nodes that equal it."""
 
-    def __init__(self, sampler: Sampler, state: TreeModelStateMixin) -> None:
+    def __init__(self, sampler: Sampler, state: TreeModelState) -> None:
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
         self._state = state
-        self._parents = self._positions = torch.empty(0)
+        self._parents = self._positions = self._expanded_idx_mapping = torch.empty(0)
         self._paths: list[torch.Tensor] = []
         self._rows_done = 0
-        self._chunk: _Chunk
+        self._logprobs_dims: tuple[int, int] | None = None
 
     def __call__(
         self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
@@ -51,6 +44,8 @@ class TreeVerifier(RejectionSampler):
         self._positions = self._state.positions[input_batch.logits_indices]
         self._parents = self._parents_of(input_batch)
         self._paths, self._rows_done = [], 0
+        # Of the whole batch: chunks are concatenated.
+        self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         output = super().__call__(logits, input_batch, *args, **kwargs)
         self._state.commit(input_batch, torch.cat(self._paths))
         return output
@@ -76,7 +71,7 @@ class TreeVerifier(RejectionSampler):
         seq_lens_upper_bound_np: np.ndarray,
         verify_draft_sampled: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self._chunk = _Chunk(idx_mapping_np, expanded_idx_mapping)
+        self._expanded_idx_mapping = expanded_idx_mapping
         rows = slice(self._rows_done, self._rows_done + len(logits))
         self._rows_done = rows.stop
         positions = self._positions[rows]
@@ -115,11 +110,9 @@ class TreeVerifier(RejectionSampler):
     ) -> LogprobsTensors | None:
         """As vLLM's for the rows of the path, which come first among a request's rows; and with the
         tokens that a request names itself, which vLLM's leaves out."""
-        chunk, path = self._chunk, self._paths[-1]
-        dims = self.sampler.get_logprobs_dims(chunk.idx_mapping_np)
-        if dims is None:
+        if self._logprobs_dims is None:
             return None
-        num_logprobs, max_token_ids = dims
+        path, (num_logprobs, max_token_ids) = self._paths[-1], self._logprobs_dims
         # Padding repeats what the first root says of itself, so nothing waits for a count.
         on_path, roots = path >= 0, cu_num_logits[:-1, None].long()
         places = (roots + torch.arange(path.shape[1], device=path.device)).where(on_path, 0)
@@ -133,7 +126,7 @@ class TreeVerifier(RejectionSampler):
             tokens,
             cu_num_logits_np.tolist(),
             self.sampler.logprob_token_ids_state,
-            chunk.expanded_idx_mapping,
+            self._expanded_idx_mapping,
             max_token_ids,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )

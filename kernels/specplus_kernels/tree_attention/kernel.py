@@ -346,11 +346,12 @@ def _tiles(num_rows: int, head_size: int, query: torch.Tensor, fp8: bool) -> _Ti
     """Chosen by arithmetic: the fewest row tiles whose kernel spills no register, not measured.
 
     A stage of K and V takes 16 to 64 KiB of shared memory; two of them are in flight. (The block
-    table's load takes part in the pipeline, so that small tiles need five stages for that.)
+    table's load takes part in the pipeline, so that small tiles need five stages for that.) Slots
+    are at least 32, as half a tile is the inner dimension of a tl.dot, which must be 16 or more.
     """
     wanted = max(16, triton.next_power_of_2(num_rows))
-    if query.dtype == torch.float32:  # no tensor cores
-        return _Tiles(16, 32 if head_size <= 128 else 16, 8, 2)
+    if query.dtype == torch.float32:  # no tensor cores; above 192 dims it spills, and is not served
+        return _Tiles(16, 32, 8, 2)
     if head_size > 256:  # latent; decoding fp8 takes registers
         if fp8:
             return _Tiles(16, 32, 8 if _has_wgmma(query.device) else 16, 5)

@@ -77,3 +77,10 @@ def _check(
             f"codes, positions and ancestor_mask must be int64, got {codes.dtype}, "
             f"{positions.dtype} and {ancestor_mask.dtype}"
         )
+    for name, tensor in (
+        ("codes", codes),
+        ("positions", positions),
+        ("ancestor_mask", ancestor_mask),
+    ):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be dense within a row, got strides {tensor.stride()}")
