@@ -75,5 +75,8 @@ def test_refusals(rule: Any, options: dict[str, Any], message: str) -> None:
         verify(rule, torch.zeros(48, 6), torch.zeros(48).long(), **options, **KEYED)
 
 
-def test_worked_examples() -> None:
-    assert doctest.testmod(sys.modules[verify.__module__]).failed == 0
+@pytest.mark.parametrize("op", ["verify", "tree_verify", "rejection", "tree_rejection"])
+def test_worked_examples(op: str) -> None:
+    """By module: the package's name is the op of that name."""
+    failed, tried = doctest.testmod(sys.modules[f"specplus_kernels.{op}"])
+    assert tried and not failed
