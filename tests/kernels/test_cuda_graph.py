@@ -64,9 +64,14 @@ def run_verify(given: Tensors) -> object:
 def run_rejection(given: Tensors) -> object:
     return rejection(
         "block",
-        *(given[n] for n in ("logits", "draft_logits", "draft_tokens", "cu_num_rows")),
-        None,
-        *(given[n] for n in ("temperature", "seeds", "positions")),
+        given["logits"],
+        given["draft_logits"],
+        given["draft_tokens"],
+        given["cu_num_rows"],
+        is_sampled=None,
+        temperature=given["temperature"],
+        seeds=given["seeds"],
+        positions=given["positions"],
         max_rows=4,
     )
 
