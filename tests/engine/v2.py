@@ -188,7 +188,7 @@ def whole_batch(**options: Any) -> None:
 
 
 def prefix_cache() -> None:
-    first = asked("greedy", 3, max_tokens=90, ignore_eos=True)
+    first = asked("greedy", 2, max_tokens=80, ignore_eos=True)
     plain, before = plain_run("llama", first), MOVED.moved
     trees = engine("llama", "oracle")
     outputs = trees.run(first)
@@ -292,9 +292,9 @@ STAGE = v2.tree_stage
 SCENARIOS: dict[str, Callable[[], None]] = {
     **{f"feature: {name}": feature(name) for name in FEATURES},
     "schedule: ngram trees": lambda: equal(
-        asked("greedy", 6, max_tokens=60), kind="ngram", moves=False
+        asked("greedy", 4, max_tokens=40), kind="ngram", moves=False
     ),
-    "schedule: sliding window": lambda: equal(asked("greedy", 4, max_tokens=60), model="sliding"),
+    "schedule: sliding window": lambda: equal(asked("greedy", 3, max_tokens=40), model="sliding"),
     "schedule: sliding window, seed": lambda: equal(asked("seed", 4), model="sliding"),
     "schedule: whole batch": whole_batch,
     "schedule: chunked prefill": lambda: whole_batch(max_num_batched_tokens=64),
@@ -304,7 +304,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "schedule: longest length": longest_length,
     "schedule: async": lambda: async_scheduling([*asked("greedy", 3), *asked("seed", 3)]),
     "schedule: async, sliding window": lambda: async_scheduling(
-        asked("greedy", 4, max_tokens=60), "sliding"
+        asked("greedy", 3, max_tokens=40), "sliding"
     ),
     "schedule: async, preemption": lambda: async_scheduling(
         asked("greedy", 6, max_tokens=100, ignore_eos=True),

@@ -14,6 +14,7 @@ import torch
 from specplus_kernels import cpu_library, dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = pytest.param("triton", marks=pytest.mark.slow)  # in the interpreter it is
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,13 +60,13 @@ def provider(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _run_on(request.param)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", TRITON])
 def gpu_provider(request: pytest.FixtureRequest) -> Iterator[str]:
     """Ops with a Triton kernel and no C++ kernel."""
     yield from _run_on(request.param)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", TRITON])
 def any_provider(request: pytest.FixtureRequest) -> Iterator[str]:
     """Ops with both."""
     yield from _run_on(request.param)
