@@ -6,9 +6,9 @@ The scenarios called `control` take a part of the engine out and see the text ch
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,32 @@ from tests.engine.apart import RESULT
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton in this installation")
 
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = {"schedule": 13, "triton": 3, "feature": 30, "control": 3}
+"""And how many scenarios each must have at the least; the longest first."""
+
+
+def run_group(group: str) -> dict[str, str]:
+    """How each scenario of the group ended."""
+    command = [sys.executable, "-m", "tests.engine.v2", group]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if not lines:
+        return {group: done.stdout[-2000:] + done.stderr[-4000:]}
+    return json.loads(lines[-1].removeprefix(RESULT))
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, str]]:
+    """Of all groups; two run at a time, each on one core."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(GROUPS, pool.map(run_group, GROUPS), strict=True))
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("group", "at_least"), [("feature", 30), ("schedule", 13), ("control", 3), ("triton", 4)]
-)
-def test_scenarios(group: str, at_least: int) -> None:
-    command = [sys.executable, "-m", "tests.engine.v2", group]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    outcomes = json.loads(lines[-1].removeprefix(RESULT))
-    failed = {name: said for name, said in outcomes.items() if said != "ok"}
+@pytest.mark.parametrize("group", GROUPS)
+def test_scenarios(group: str, outcomes: dict[str, dict[str, str]]) -> None:
+    failed = {name: said for name, said in outcomes[group].items() if said != "ok"}
     assert not failed, "\n\n".join(f"{name}\n{said}" for name, said in failed.items())
-    assert len(outcomes) >= at_least
+    assert len(outcomes[group]) >= GROUPS[group]
