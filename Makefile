@@ -45,7 +45,8 @@ test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)
 demo: $(KERNELS) ## a real model, plain and with speculation, side by side
 	$(BIN)/python -m benchmarks.e2e.demo
 
-# On a GPU with nothing but torch, triton and pytest: no .venv, no vLLM.
+# On a GPU with nothing but torch, triton and pytest: no .venv, no vLLM. The compile gate, which needs
+# no GPU and takes minutes, stays with `make test`.
 GPU_PYTHON ?= PYTHONPATH=kernels python3
 
 test-gpu: ## the kernels' tests on this machine's GPU, with its own python3

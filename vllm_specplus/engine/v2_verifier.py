@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from specplus_kernels.tree_verify import tree_verify
 
+from vllm_specplus.core.tree import TOKEN_BITS
 from vllm_specplus.engine.compat_v2 import (
     InputBatch,
     LogprobsTensors,
@@ -55,7 +56,7 @@ class TreeVerifier(RejectionSampler):
         row = input_batch.expanded_local_pos.long()
         drafts = self.sampler.req_states.draft_tokens
         codes = drafts[input_batch.expanded_idx_mapping, (row - 1).clamp(min=0)]
-        return torch.where(row > 0, row - 1 - (codes >> 32).clamp(min=0), -1)
+        return torch.where(row > 0, row - 1 - (codes >> TOKEN_BITS).clamp(min=0), -1)
 
     def _verify(
         self,

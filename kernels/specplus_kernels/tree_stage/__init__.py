@@ -17,10 +17,9 @@ from __future__ import annotations
 import torch
 
 from specplus_kernels import dispatch
+from specplus_kernels.tree_grow.rows import MAX_ROWS, WORD_BITS
 
 __all__ = ["tree_stage"]
-
-MAX_ROWS = 128
 
 
 def tree_stage(
@@ -65,12 +64,12 @@ def _check(
             f"query_start_loc {tuple(query_start_loc.shape)} and cu_num_rows "
             f"{tuple(cu_num_rows.shape)} must be [{num_reqs + 1}], one more than requests in codes"
         )
-    wide = 64 * ancestor_mask.shape[1]
+    wide = WORD_BITS * ancestor_mask.shape[1]
     if ancestor_mask.shape[0] != positions.shape[0] or max_nodes >= min(wide, MAX_ROWS):
         raise ValueError(
             f"ancestor_mask {tuple(ancestor_mask.shape)} must have a row per position "
-            f"({positions.shape[0]}) and, at 64 bits a word, more bits than the {max_nodes} nodes; "
-            f"at most {MAX_ROWS - 1} nodes are allowed"
+            f"({positions.shape[0]}) and, at {WORD_BITS} bits a word, more bits than the "
+            f"{max_nodes} nodes; at most {MAX_ROWS - 1} nodes are allowed"
         )
     if {codes.dtype, positions.dtype, ancestor_mask.dtype} != {torch.int64}:
         raise ValueError(

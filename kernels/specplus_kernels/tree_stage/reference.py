@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-TOKEN_BITS, WORD_BITS = 32, 64
+from specplus_kernels.tree_grow.rows import WORD_BITS
+
+TOKEN_BITS = 32
 
 
 def tree_stage(
