@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from tests.engine.configs import LLAMA, write_config
 from vllm_specplus.cli import main
-from vllm_specplus.engine import host
-from vllm_specplus.engine.patches import PATCHES
+from vllm_specplus.startup import host
+from vllm_specplus.startup.patches import PATCHES
 
 
 def check(*arguments: str) -> tuple[int, dict[str, Any]]:

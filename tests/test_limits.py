@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ MAX_FILE_LINES = 400
 MAX_KERNEL_FILE_LINES = 600  # modules with Triton kernels, and C++
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 120  # one Triton kernel
+MAX_ENGINE_LINES = 1500  # vllm_specplus/engine: code, without blank lines, comments, docstrings
 
 
 def find_violations(root: Path) -> list[str]:
@@ -57,6 +60,36 @@ def _too_long_file(path: Path, root: Path, is_kernel: bool) -> Iterator[str]:
 
 def test_sizes() -> None:
     assert find_violations(ROOT) == []
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold a token of code: no blank lines, comments or docstrings."""
+    docstrings = {
+        node.value.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_code = token.type not in _NO_CODE and token.start[0] not in docstrings
+        lines.update(range(token.start[0], token.end[0] + 1) if is_code else ())
+    return len(lines)
+
+
+_NO_CODE = {
+    getattr(tokenize, name)
+    for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
+}
+
+
+def test_code_lines() -> None:
+    source = '"""Two\nlines."""\n\nx = 1  # one\n# none\ny = (\n    2\n)\n'
+    assert code_lines(source) == 4
+
+
+def test_the_engine_stays_small() -> None:
+    files = (ROOT / "vllm_specplus/engine").rglob("*.py")
+    assert sum(code_lines(file.read_text()) for file in files) < MAX_ENGINE_LINES
 
 
 def _function(num_lines: int, decorator: str = "") -> str:

@@ -30,7 +30,7 @@ def check(
     """Says whether token trees can run here, and why not; exits with 0 or 1."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):
-        from vllm_specplus.engine.report import collect
+        from vllm_specplus.startup.report import collect
 
         found = collect(model)
     if as_json:

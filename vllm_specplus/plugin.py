@@ -55,8 +55,8 @@ class _HalfImported(ModuleType):
 
 
 def _patch(_: ModuleType) -> None:
-    from vllm_specplus.engine import patches
     from vllm_specplus.errors import SpecPlusError
+    from vllm_specplus.startup import patches
 
     try:
         patches.apply("options")

@@ -1,1 +1,1 @@
-"""Where vLLM is touched: options, patches, refusals, and the engines that run token trees."""
+"""The engines that run token trees: the round and its hooks in vLLM's V1 and V2 runners."""

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_specplus.engine.host import (
+from vllm_specplus.errors import NotBuiltError
+from vllm_specplus.startup.host import (
     V2_ENGINE,
     check_hooks,
     find_hook,
@@ -17,9 +18,8 @@ from vllm_specplus.engine.host import (
     vllm_version,
     wanted_engine,
 )
-from vllm_specplus.engine.patches import PATCHES
-from vllm_specplus.engine.refusals import tree_refusals
-from vllm_specplus.errors import NotBuiltError
+from vllm_specplus.startup.patches import PATCHES
+from vllm_specplus.startup.refusals import tree_refusals
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 

@@ -18,8 +18,8 @@ from vllm_specplus.config import (
     parse_methods,
     parse_tree,
 )
-from vllm_specplus.engine.host import native_methods, native_rules, tree_engine
 from vllm_specplus.errors import OptionError, bad_option, not_built
+from vllm_specplus.startup.host import native_methods, native_rules, tree_engine
 
 Need = Literal["checks", "trees"]
 """Groups of patches that translated arguments need; stock arguments and most chains need none."""

@@ -172,7 +172,7 @@ def check_hooks(engine: Engine = CPU_ENGINE) -> list[Hook]:
 
 def _compat_imports(file: str) -> Iterator[tuple[str, str]]:
     """(name, module) of what a compat file imports from vLLM, read without running it."""
-    source = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    source = (Path(__file__).parents[1] / "engine" / file).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
             for alias in node.names:

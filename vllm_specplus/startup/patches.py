@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 import wrapt
 
 from vllm_specplus.config import SpecPlusConfig, Verify
-from vllm_specplus.engine.options import OPTIONS, fold, is_tree_config, speaks_ours, translate
-from vllm_specplus.engine.refusals import chain_refusals, tree_refusals
 from vllm_specplus.errors import NotBuiltError, SpecPlusError
+from vllm_specplus.startup.options import OPTIONS, fold, is_tree_config, speaks_ours, translate
+from vllm_specplus.startup.refusals import chain_refusals, tree_refusals
 
 logger = logging.getLogger("vllm.specplus")
 

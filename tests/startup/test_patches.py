@@ -15,10 +15,10 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from tests.engine.configs import LATENT_ATTENTION, LLAMA, MAMBA, write_config
-from vllm_specplus.engine import patches
-from vllm_specplus.engine.patches import Patch
-from vllm_specplus.engine.refusals import tree_refusals, v2_refusals
 from vllm_specplus.errors import NotBuiltError, OptionError
+from vllm_specplus.startup import patches
+from vllm_specplus.startup.patches import Patch
+from vllm_specplus.startup.refusals import tree_refusals, v2_refusals
 
 ARG_UTILS = "vllm.engine.arg_utils"
 OPTIONS_ONLY = [
@@ -126,7 +126,7 @@ def test_a_name_that_is_gone_is_said_and_nothing_is_patched(
 
 def test_on_a_command_line_our_errors_are_one_line() -> None:
     script = (
-        "from vllm_specplus.engine import patches\n"
+        "from vllm_specplus.startup import patches\n"
         "from vllm_specplus.errors import bad_option\n"
         "patches.apply('command line')\n"
     )

@@ -16,8 +16,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engine.configs import LLAMA, write_config
 from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.engine import host, options, patches
 from vllm_specplus.errors import NotBuiltError, OptionError
+from vllm_specplus.startup import host, options, patches
 
 TREE = {
     "speculative_model": "[ngram]",
