@@ -9,11 +9,13 @@ from typing import Any
 
 PLAIN = "plain"
 NATIVE_NGRAM = "native-ngram"
+NATIVE_METHODS = {NATIVE_NGRAM: "ngram", "native-ngram-gpu": "ngram_gpu"}
+"""vLLM's own n-gram drafters; that on the device is the one of its V2 runner."""
 DEFAULT_DEPTH = 5
 NATIVE_LOOKUP = {"prompt_lookup_max": 5, "prompt_lookup_min": 2}
 SYNTAX = (
-    "plain | native-ngram[:K=5][:max=5][:min=2] | MODEL[:K=5][:tree=TREE][:verify=RULE][:max=N]"
-    "[:min=N], where MODEL is a speculative_model such as [ngram] or [eagle]PATH"
+    "plain | native-ngram[-gpu][:K=5][:max=5][:min=2] | MODEL[:K=5][:tree=TREE][:verify=RULE]"
+    "[:max=N][:min=N], where MODEL is a speculative_model such as [ngram] or [eagle]PATH"
 )
 
 _OPTION = re.compile(r":(?=(?:K|tree|verify|max|min)=)")
@@ -50,8 +52,9 @@ def parse_method(text: str) -> Method:
             raise ValueError(f"method {text!r}: plain takes no options; write plain")
         return Method(text, {})
     kwargs = {"num_speculative_tokens": DEFAULT_DEPTH} | given
-    if name == NATIVE_NGRAM:
-        return Method(text, {"speculative_config": _native_ngram(text, kwargs)})
+    if name in NATIVE_METHODS:
+        config = _native_ngram(text, NATIVE_METHODS[name], kwargs)
+        return Method(text, {"speculative_config": config})
     return Method(text, {"speculative_model": name} | kwargs)
 
 
@@ -71,9 +74,9 @@ def _parse_option(text: str, option: str) -> tuple[str, Any]:
         raise ValueError(f"method {text!r}: {key}={value!r} must be a whole number") from None
 
 
-def _native_ngram(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _native_ngram(text: str, method: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's own n-gram drafter; by default it matches the last 5 down to 2 tokens."""
-    config: dict[str, Any] = {"method": "ngram", **NATIVE_LOOKUP}
+    config: dict[str, Any] = {"method": method, **NATIVE_LOOKUP}
     for field, value in kwargs.items():
         if field in ("speculative_tree", "speculative_verify"):
             raise ValueError(f"method {text!r}: native-ngram takes K, max and min, not {field}")

@@ -32,6 +32,17 @@ OURS = "[ngram]:tree=dynamic:12"
                 }
             },
         ),
+        (
+            "native-ngram-gpu:min=1",
+            {
+                "speculative_config": {
+                    "method": "ngram_gpu",
+                    "num_speculative_tokens": 5,
+                    "prompt_lookup_max": 5,
+                    "prompt_lookup_min": 1,
+                }
+            },
+        ),
         ("[ngram]", {"speculative_model": "[ngram]", "num_speculative_tokens": 5}),
         (
             "[eagle]/models/a:b:K=4:tree=static:[(0,),(0,0)]:verify=match:max=3:min=2",

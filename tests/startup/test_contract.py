@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.wheel import Wheel
 from tests.startup import contract
 from tests.startup.sources import MissingNameError, Sources
-from tests.startup.wheel import Wheel
 from vllm_specplus.startup import host
 
 CUDA_VERSION = "0.33.0"

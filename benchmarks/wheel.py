@@ -1,7 +1,7 @@
 """The files of a vLLM wheel on the package index, without the 300 MB around them.
 
 Members come by HTTP range requests and stay in the user's cache, so a second run needs no network.
-`python -m tests.startup.wheel 0.33.0` says what the wheel's size is made of.
+`python -m benchmarks.wheel 0.33.0` says what the wheel's size is made of.
 """
 
 from __future__ import annotations
