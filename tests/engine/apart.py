@@ -1,7 +1,7 @@
 """Runs one engine in a process of its own: a job as JSON on stdin, what came out on stdout.
 
 job: model, method, options of the engine, and `truth`, pairs of prompt and output for the oracle.
-The requests are `features.mixed()`.
+The requests are `features.mixed()`. What vLLM logs about its end comes after the result.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vllm import LLM
 
 from tests.engine.engines import DEFAULTS, spec_options
 from tests.engine.features import facts, mixed
+from tests.engine.metrics import gather
 from tests.engine.proposers import learn, truth, watch
 
 RESULT = "RESULT "
@@ -41,7 +42,11 @@ def main() -> None:
         [request.params for request in asked],
         use_tqdm=False,
     )
-    result = {"facts": [facts(output) for output in outputs], "workers": llm.collective_rpc(counts)}
+    result = {
+        "facts": [facts(output) for output in outputs],
+        "workers": llm.collective_rpc(counts),
+        "counted": gather(llm),
+    }
     print("\n" + RESULT + json.dumps(result), flush=True)
 
 

@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from tests.engine.apart import RESULT
 from tests.engine.engines import DEFAULTS, model_path, reference, spec_options
 from tests.engine.features import facts, mixed, requests
+from tests.engine.metrics import LOGGED, check
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
@@ -33,7 +34,8 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run_apart(job: dict) -> dict:
-    """The result of apart.py; asserts that no process of its session is left."""
+    """The result of apart.py; asserts that no process of its session is left, and that one line
+    about the rounds was logged."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.engine.apart"],
         stdin=subprocess.PIPE,
@@ -41,12 +43,13 @@ def run_apart(job: dict) -> dict:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=environment(),
+        env=environment(VLLM_LOGGING_LEVEL="INFO"),
         start_new_session=True,
     )
     out, err = process.communicate(json.dumps(job), timeout=300)
     assert process.returncode == 0, err[-4000:]
     assert not left_of_session(process.pid)
+    assert (out + err).count(LOGGED) == 1
     (result,) = (line for line in out.splitlines() if line.startswith(RESULT))
     return json.loads(result.removeprefix(RESULT))
 
@@ -74,7 +77,7 @@ def test_all_features_in_one_batch(model, layout):
     job = dict(
         path=str(model_path(model)),
         method="oracle",
-        options=LAYOUTS[layout],
+        options=LAYOUTS[layout] | dict(disable_log_stats=False),
         truth=[
             (request.prompt, list(sequence.token_ids))
             for request, output in zip(asked, plain, strict=True)
@@ -85,6 +88,11 @@ def test_all_features_in_one_batch(model, layout):
     assert result["facts"] == json.loads(json.dumps([facts(output) for output in plain]))
     assert len(result["workers"]) == LAYOUTS[layout].get("tensor_parallel_size", 1)
     assert all(w["accepted"] > 0 and w["moved"] > 0 for w in result["workers"])
+    stats = check(result["counted"], aborts=True)
+    assert stats.num_accepted_tokens == result["workers"][0]["accepted"]
+    assert stats.fallbacks["structured_outputs"] == sum(
+        request.params.structured_outputs is not None for request in asked
+    )
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,6 +21,7 @@ import pytest
 
 from tests.engine.engines import model_path, reference
 from tests.engine.features import requests
+from tests.engine.metrics import LOGGED
 from tests.engine.test_processes import ROOT, environment, left_of_session
 
 START_TIMEOUT = 120.0
@@ -31,19 +33,24 @@ FLAGS = (
 
 
 @contextmanager
-def server() -> Iterator[tuple[subprocess.Popen, str]]:
-    """A serving process in a session of its own and its address."""
+def server(log: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A serving process in a session of its own, which writes to `log`, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_path("llama"))]
     process = subprocess.Popen(
-        [*vllm, *FLAGS, "--port", str(port)], cwd=ROOT, env=environment(), start_new_session=True
+        [*vllm, *FLAGS, "--port", str(port)],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env=environment(VLLM_LOGGING_LEVEL="INFO"),
+        start_new_session=True,
     )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or answers(url + "/health"), START_TIMEOUT)
-        assert process.poll() is None, f"vllm serve ended with {process.returncode}"
+        assert process.poll() is None, log.read_text()[-4000:]
         yield process, url
     finally:
         for member in left_of_session(process.pid) if process.poll() is not None else [process]:
@@ -64,10 +71,11 @@ def answers(url: str) -> bool:
         return False
 
 
-def metric(url: str, name: str) -> float:
+def metric(url: str, name: str, label: str = "") -> float:
     """Sum of a metric's samples."""
     text = urllib.request.urlopen(url + "/metrics", timeout=5).read().decode()
-    return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+    sample = rf"^{name}(?:{{.*{label}.*}})? (\S+)$"
+    return sum(float(v) for v in re.findall(sample, text, re.MULTILINE))
 
 
 async def ask(client: openai.AsyncOpenAI, index: int, prompt: Sequence[int]) -> str:
@@ -90,18 +98,35 @@ async def ask_all(url: str, prompts: Sequence[Sequence[int]]) -> list[str]:
         return await asyncio.gather(*(ask(client, i, p) for i, p in enumerate(prompts)))
 
 
+def assert_counters(url: str) -> str:
+    """Ours on `/metrics` are vLLM's, where it has them; what the log must say of them."""
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        ours, theirs = f"vllm_specplus:{name}_total", f"vllm:spec_decode_{name}_total"
+        assert metric(url, ours) == metric(url, theirs) > 0
+    per_pos = "vllm_specplus:num_accepted_tokens_per_pos_total"
+    assert metric(url, per_pos) == metric(url, "vllm_specplus:num_accepted_tokens_total")
+    assert metric(url, per_pos, 'position="0"') >= metric(url, per_pos, 'position="1"') > 0
+    assert metric(url, "vllm_specplus:draft_seconds_total") > 0
+    assert metric(url, "vllm_specplus:verify_seconds_total", 'engine="0",model_name="tiny"') > 0
+    assert metric(url, "vllm_specplus:fallbacks_total", 'reason="structured_outputs"') == 0
+    drafts = metric(url, "vllm_specplus:num_drafts_total")
+    return f"{metric(url, 'vllm_specplus:num_rounds_total'):.0f} rounds, {drafts:.0f} with drafts"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_serve_answers_frees_and_stops(stop):
+def test_serve_answers_counts_frees_and_stops(stop, tmp_path):
     asked = requests("greedy", 16)
     plain = [output.outputs[0].text for output in reference("llama", asked)]
-    with server() as (process, url):
+    log = tmp_path / "log"
+    with server(log) as (process, url):
         texts = asyncio.run(ask_all(url, [request.prompt for request in asked]))
         for index, (text, whole) in enumerate(zip(texts, plain, strict=True)):
             assert whole.startswith(text) and text if index % 4 == 3 else text == whole
         wait_until(lambda: metric(url, "vllm:num_requests_running") == 0, 10)
         assert metric(url, "vllm:kv_cache_usage_perc") == 0
-        assert metric(url, "vllm:spec_decode_num_draft_tokens_total") > 0
+        counted = assert_counters(url)
         process.send_signal(stop)
         assert process.wait(30) in (0, -stop, 128 + stop)
         assert not left_of_session(process.pid)
+    assert log.read_text().count(LOGGED) == 1 and LOGGED + counted in log.read_text()

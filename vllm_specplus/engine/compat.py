@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingType
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention import selector
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -20,7 +23,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import (
+    AsyncModelRunnerOutput,
+    ECConnectorOutput,
+    LogprobsTensors,
+    ModelRunnerOutput,
+    SamplerOutput,
+)
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
@@ -33,6 +42,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 
 @contextmanager

@@ -125,17 +125,20 @@ class SpecRound:
         asked = [
             replace(request, min_prob=prob)
             for request, prob in zip(requests, least, strict=True)
-            if prob < 1 and min(request.max_nodes, request.max_depth) > 0
+            if prob < 1 and _may_draft(request)
         ]
         drafts = dict(zip((r.req_id for r in asked), self.proposer.propose(asked), strict=True))
         shaped = [self._shape(drafts.get(r.req_id, Candidates()), r) for r in requests]
         counts = self.budget.allocate([c.probs for c in shaped], [row_ms] * len(requests))
+        self.stats.fallbacks["does_not_pay"] += sum(
+            num == 0 and (len(candidates) > 0 or (prob >= 1 and _may_draft(request)))
+            for num, candidates, prob, request in zip(counts, shaped, least, requests, strict=True)
+        )
         return [candidates.tree(n) for candidates, n in zip(shaped, counts, strict=True)]
 
     def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
-        """Feeds what was verified back to the proposer and the statistics."""
+        """Feeds what was verified back to the proposer."""
         self.proposer.observe(req_id, tree, accepted_rows)
-        self.stats.observe(len(tree), len(accepted_rows))
 
     def forget(self, req_id: str) -> None:
         """Drops all state of a finished request."""
@@ -145,3 +148,7 @@ class SpecRound:
         """Cuts what a proposer may have grown beyond the static paths."""
         paths = self.proposer.paths(request)
         return candidates if paths is None else prune(candidates, paths)
+
+
+def _may_draft(request: DraftRequest) -> bool:
+    return min(request.max_nodes, request.max_depth) > 0

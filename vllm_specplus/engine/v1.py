@@ -18,7 +18,7 @@ from specplus_kernels.kv_commit import KVCommitPlan
 
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.tree import Tree
-from vllm_specplus.engine.attention import TreeCPUAttentionBackend, attach_tree, kv_views
+from vllm_specplus.engine.attention import TreeCPUAttentionBackend, attach_tree, vec_kv_views
 from vllm_specplus.engine.clock import StepClock
 from vllm_specplus.engine.compat import (
     AttentionBackendEnum,
@@ -27,6 +27,7 @@ from vllm_specplus.engine.compat import (
     LogprobsTensors,
     SamplerOutput,
     SamplingMetadata,
+    SamplingParams,
     SamplingType,
     SchedulerOutput,
     VllmConfig,
@@ -95,7 +96,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
             caches = [layers[name].kv_cache for name in group.layer_names]
             distinct = {cache.data_ptr(): cache for cache in caches}.values()
-            self._commit_plans[gid] = KVCommitPlan([v for c in distinct for v in kv_views(c)])
+            self._commit_plans[gid] = KVCommitPlan([v for c in distinct for v in vec_kv_views(c)])
 
     @torch.inference_mode()
     def measure_step_costs(self, repeats: int = 3) -> None:
@@ -247,8 +248,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 rows[moves.target] = rows[moves.source]
 
     def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
-        """Bounds of a request's next draft; none for prompt chunks and for thinking budgets, which
-        vLLM applies to the root only."""
+        """Bounds of a request's next draft; none for prompt chunks."""
         state = self.requests[req_id]
         params = state.sampling_params
         num_tokens = int(self.input_batch.num_tokens_no_spec[index])
@@ -256,19 +256,27 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         max_depth = min(room, self.round.max_depth)
         if params.max_tokens is not None:
             max_depth = min(max_depth, params.max_tokens - len(state.output_token_ids) - 1)
-        if not sampled or params.thinking_token_budget is not None:
+        if not sampled or fallback(params) == "thinking_budget":
             max_depth = 0
         return DraftRequest(
             req_id=req_id,
             token_ids=self.input_batch.token_ids_cpu[index, :num_tokens],
             max_depth=max_depth,
             max_nodes=min(room, self.num_spec_tokens),
-            chain_only=params.structured_outputs is not None,
+            chain_only=fallback(params) == "structured_outputs",
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self.round.forget(req_id)
+
+
+def fallback(params: SamplingParams) -> str | None:
+    """Why a request is not drafted a tree: vLLM applies a thinking budget to the root only, so it
+    gets no drafts, and follows one sequence through a grammar, so it gets a chain."""
+    if params.thinking_token_budget is not None:
+        return "thinking_budget"
+    return "structured_outputs" if params.structured_outputs is not None else None
 
 
 def _take(logprobs: LogprobsTensors | None, rows: torch.Tensor) -> LogprobsTensors | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from vllm_specplus.engine.compat import CPUWorker, cpu_worker, scoped
-from vllm_specplus.engine.v1 import SpecPlusCPUModelRunner
+from vllm_specplus.engine.metrics import CountingWorker
+from vllm_specplus.engine.v1 import SpecPlusCPUModelRunner, fallback
 
 
-class SpecPlusCPUWorker(CPUWorker):
+class SpecPlusCPUWorker(CountingWorker, CPUWorker):
     """vLLM's CPU worker around `SpecPlusCPUModelRunner`."""
 
     def init_device(self) -> None:
@@ -18,9 +18,7 @@ class SpecPlusCPUWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.model_runner.measure_step_costs()
+        runner = self.model_runner
+        runner.measure_step_costs()
+        self.count_rounds(runner.round.stats, fallback, (runner, "propose_draft_token_ids"))
         return times
-
-    def specplus_stats(self) -> dict[str, Any]:
-        """Counters of the speculative rounds so far; call through `collective_rpc`."""
-        return asdict(self.model_runner.round.stats)
