@@ -14,13 +14,16 @@ from importlib import import_module
 from inspect import Parameter, Signature
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import wrapt
 
 from tests.startup.sources import MissingNameError, Sources
 from vllm_specplus import engine as engine_package
 from vllm_specplus.startup import host
 
+ENGINES = [engine for engine in vars(host).values() if isinstance(engine, host.Engine)]
 ENGINE_FILES = sorted(Path(engine_package.__path__[0]).glob("*.py"))
-IMPORTS_V2 = "engine.compat_v2 import"
 POSITIONAL = Parameter.POSITIONAL_OR_KEYWORD
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 V2_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
@@ -93,6 +96,12 @@ def imports(engine: host.Engine) -> dict[str, str]:
     return {name: m for file in engine.compat for name, m in host._compat_imports(file)}
 
 
+def engine_of(text: str) -> host.Engine:
+    """The engine to which a file belongs, by the compat file that it imports from."""
+    last = (e for e in reversed(ENGINES) if f"engine.{Path(e.compat[-1]).stem} import" in text)
+    return next(last, ENGINES[0])
+
+
 def hook_problems(sources: Sources, engine: host.Engine) -> Iterator[str]:
     """Names that are gone, and parameters that are gone or in another order."""
     modules = imports(engine)
@@ -111,19 +120,34 @@ def hook_problems(sources: Sources, engine: host.Engine) -> Iterator[str]:
 
 
 def overrides(module: str) -> Iterator[tuple[str, str, Signature]]:
-    """(module, path) of every vLLM function that a module's classes override, and our signature."""
+    """(module, path) of every vLLM function that a module's classes override, and our signature.
+
+    A proxy overrides the hooks that its methods are named like.
+    """
     ours = import_module(module)
+    engine = engine_of(inspect.getsource(ours))
     for cls in vars(ours).values():
         if not isinstance(cls, type) or cls.__module__ != module:
             continue
         for name in dir(cls):
-            mro = [c for c in cls.__mro__ if name in vars(c) and name != "__init__"]
-            theirs = next((c for c in mro if c.__module__.startswith("vllm.")), None)
             function = getattr(cls, name)
-            callable_ours = inspect.isfunction(function) or inspect.ismethod(function)
-            if theirs and callable_ours and not function.__module__.startswith("vllm."):
+            if not _is_ours(function) or name == "__init__":
+                continue
+            mro = [c for c in cls.__mro__ if name in vars(c)]
+            theirs = next((c for c in mro if c.__module__.startswith("vllm.")), None)
+            if theirs is not None:
                 path = f"{theirs.__qualname__}.{name}"
                 yield theirs.__module__, path, inspect.signature(function)
+            elif issubclass(cls, wrapt.ObjectProxy):
+                for path in engine.hooks:
+                    if path.endswith(f".{name}"):
+                        owner = imports(engine).get(path.partition(".")[0], "")
+                        yield owner, path, inspect.signature(function)
+
+
+def _is_ours(function: Any) -> bool:
+    is_function = inspect.isfunction(function) or inspect.ismethod(function)
+    return is_function and function.__module__.startswith("vllm_specplus.")
 
 
 def override_problems(sources: Sources, module: str) -> Iterator[str]:
@@ -189,7 +213,7 @@ def call_problems(sources: Sources, known: Sources, text: str) -> Iterator[str]:
     one of the hooks of that name must take the call. Which engine's hooks count depends on the
     compat file that the text imports from.
     """
-    engine = host.V2_ENGINE if IMPORTS_V2 in text else host.CPU_ENGINE
+    engine = engine_of(text)
     modules = imports(engine)
     paths: dict[str, list[str]] = {name: [name] for name in modules}
     for path in engine.hooks:
@@ -251,11 +275,11 @@ def attribute_problems(sources: Sources, module: str) -> Iterator[str]:
 
 
 def instance_problems(sources: Sources, text: str) -> Iterator[str]:
-    """What a file of the V2 engine reads off the objects of `INSTANCES` that they do not have."""
-    if IMPORTS_V2 in text:
-        modules, tree = imports(host.V2_ENGINE), ast.parse(text)
-        everywhere = [ast.parse(file.read_text(encoding="utf-8")) for file in ENGINE_FILES]
-        for name, cls in INSTANCES.items():
+    """What a file reads off the objects of `INSTANCES` that they do not have."""
+    modules, tree = imports(engine_of(text)), ast.parse(text)
+    everywhere = [ast.parse(file.read_text(encoding="utf-8")) for file in ENGINE_FILES]
+    for name, cls in INSTANCES.items():
+        if cls in modules:
             ours = {attribute for engine in everywhere for attribute in set_on(engine, name)}
             yield from _unknown(sources, modules[cls], cls, read_off(tree, name) - ours)
 

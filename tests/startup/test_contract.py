@@ -21,7 +21,6 @@ from tests.startup.sources import MissingNameError, Sources
 from vllm_specplus.startup import host
 
 CUDA_VERSION = "0.33.0"
-ENGINES = (host.CPU_ENGINE, host.V2_ENGINE)
 MODULES = [f"vllm_specplus.engine.{file.stem}" for file in contract.ENGINE_FILES]
 
 
@@ -49,7 +48,7 @@ def sources(version: str) -> Sources:
 
 def problems(vllm: Sources) -> Iterator[str]:
     """Whatever any check has to say, its name first."""
-    for engine in ENGINES:
+    for engine in contract.ENGINES:
         yield from _named("hooks", contract.hook_problems(vllm, engine))
     for file, module in zip(contract.ENGINE_FILES, MODULES, strict=True):
         text = file.read_text(encoding="utf-8")
@@ -164,7 +163,7 @@ def test_a_change_of_vllm_is_named(name: str) -> None:
     assert any(problem.startswith(said) for problem in found), found
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+@pytest.mark.parametrize("engine", contract.ENGINES, ids=lambda engine: engine.name)
 def test_text_and_import_agree_on_every_signature(engine: host.Engine) -> None:
     """What is read in the text is what Python finds when it imports the same vLLM."""
     modules = contract.imports(engine)
