@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -224,6 +227,32 @@ def _literal_paths(text: str) -> tuple[Path, ...] | None:
     return tuple(tuple(path) for path in paths)
 
 
+def parse_step_costs(value: Any) -> dict[int, float] | None:
+    """Reads `step_costs`, rows -> ms, a dict or its text '1:5.1,8:5.2'; raises OptionError."""
+    if value is None:
+        return None
+    points = (point.split(":") for point in str(value).split(","))
+    pairs = value.items() if isinstance(value, Mapping) else points
+    try:
+        costs = [(int(str(rows)), float(ms)) for rows, ms in pairs]
+    except (ValueError, TypeError):
+        costs = []
+    rows = [0, *(rows for rows, _ in costs)]
+    rising = all(before < after for before, after in pairwise(rows))
+    if not costs or not rising or not all(0 < ms < inf for _, ms in costs):
+        raise bad_option(
+            "speculative_step_costs",
+            value,
+            "is no list of rows:ms with rising rows from 1 on and positive ms",
+            "write for example '1:5.1,8:5.2,64:7.9', or leave it out and costs are measured",
+        )
+    return dict(costs)
+
+
+def _costs_text(costs: dict[int, float] | None) -> str | None:
+    return costs and ",".join(f"{rows}:{ms}" for rows, ms in costs.items())
+
+
 class SpecPlusConfig(BaseModel):
     """All options of one engine. As JSON it travels in `additional_config["specplus"]`.
 
@@ -261,6 +290,14 @@ class SpecPlusConfig(BaseModel):
         ),
         ge=1,
         description="longest n-gram that [ngram] looks up, an integer from 1 on",
+    )
+    step_costs: Annotated[
+        dict[int, float] | None, PlainValidator(parse_step_costs), PlainSerializer(_costs_text)
+    ] = Field(
+        default=None,
+        description="ms of a step of the target model by its total rows, as "
+        "'1:5.1,8:5.2,64:7.9': how many nodes pay at which batch size follows from them "
+        "(default: measured at start-up)",
     )
 
     @classmethod
@@ -333,6 +370,13 @@ class SpecPlusConfig(BaseModel):
                 (low, high),
                 f"belongs to [ngram], not to speculative_model={self.speculative_model!r}",
                 "leave it out",
+            )
+        if self.step_costs is not None and isinstance(self.tree, Chain):
+            raise bad_option(
+                "speculative_step_costs",
+                _costs_text(self.step_costs),
+                "belongs to a tree, and this is a chain",
+                "leave it out, or give speculative_tree='dynamic:N'",
             )
         return self
 

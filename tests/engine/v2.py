@@ -37,7 +37,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 from tests.engine.apart import RESULT
-from tests.engine.engines import DEFAULTS, Engine, Request, model_path
+from tests.engine.engines import DEFAULTS, STATIC_TREE, Engine, Request, model_path
 from tests.engine.features import (
     FEATURES,
     assert_equal,
@@ -46,8 +46,10 @@ from tests.engine.features import (
     prompts,
     requests,
 )
+from tests.engine.metrics import check, gather
 from tests.engine.models import VOCAB_SIZE
 from tests.engine.proposers import continuations, learn, plant, truth
+from vllm_specplus.core.stats import FALLBACKS
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine import v2
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
@@ -87,7 +89,7 @@ class Oracle(NgramTreeSpeculator):
         length = int(self.req_states.total_len.gpu[slot])
         known = self.req_states.all_token_ids.gpu[slot, :length].tolist()
         rng = random.Random(repr(known[-8:]) + str(length))
-        chain = bool(self.chain_only[slot])
+        chain = bool(self.req_states.chain_only[slot])
         parents = [row if chain else rng.randint(0, row) for row in range(NUM_NODES)]
         rest = rng.choice([r for r in continuations(truth(), known) if r] or [[]])
         planted = plant(rest, parents, rng)
@@ -120,7 +122,9 @@ _STARTED: list[Engine] = []
 def engine(model: str, kind: str, options: tuple[tuple[str, Any], ...] = ()) -> Engine:
     """kind: plain, ngram or oracle."""
     speculator = Oracle if kind == "oracle" else NgramTreeSpeculator
-    settings = DEFAULTS | dict(max_num_seqs=8) | ({} if kind == "plain" else TREE) | dict(options)
+    settings = DEFAULTS | dict(max_num_seqs=8) | TREE | dict(options)
+    if kind == "plain":
+        settings = {name: value for name, value in settings.items() if "specul" not in name}
     with mock.patch.object(v2, "NgramTreeSpeculator", speculator):
         _STARTED.append(Engine(LLM(str(model_path(model)), **settings), None))
     return _STARTED[-1]
@@ -231,21 +235,47 @@ def longest_length() -> None:
     equal(wanted, max_model_len=128)
 
 
-def async_scheduling(wanted: list[Request], model: str = "llama", **options: Any) -> None:
-    """The platform switches it off on CPUs, where it gains nothing; the engine must bear it."""
+@contextmanager
+def asynchronous() -> Iterator[None]:
+    """Starts engines that schedule ahead, which the platform switches off on CPUs as it gains
+    nothing there."""
     decide = CpuPlatform.check_and_update_config
 
     def decide_async(vllm_config: Any) -> None:
         decide(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
-    plain = plain_run(model, wanted, **options)
     with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(decide_async)):
+        yield
+
+
+def async_scheduling(wanted: list[Request], model: str = "llama", **options: Any) -> None:
+    plain = plain_run(model, wanted, **options)
+    with asynchronous():
         trees = engine(model, "oracle", (("max_num_seqs", 6), *options.items()))
     assert trees.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     before = MOVED.moved
     assert_equal(trees.run(wanted), plain)
     assert MOVED.moved > before
+
+
+def metrics() -> None:
+    """A request that comes back after a preemption is one fallback, and its prompt no round."""
+    wanted = [*asked("greedy", 2, max_tokens=60), *asked("penalties_seed", 3, max_tokens=60)]
+    plain_run("llama", wanted)
+    options = dict(num_gpu_blocks_override=10, max_model_len=256, disable_log_stats=False)
+    trees = engine("llama", "oracle", tuple(options.items()))
+    with mock.patch.object(
+        trees.scheduler, "_preempt_request", side_effect=trees.scheduler._preempt_request
+    ) as preempted:
+        outputs = trees.run(wanted)
+    assert preempted.called
+    stats = check(gather(trees.llm))
+    assert stats.fallbacks == dict.fromkeys(FALLBACKS, 0) | {"penalties": 3}
+    # What is accepted beyond max_tokens is not emitted.
+    surplus = stats.num_rounds + stats.num_accepted_tokens
+    surplus -= sum(len(output.outputs[0].token_ids) for output in outputs)
+    assert 0 <= surplus <= NUM_NODES * len(wanted), surplus
 
 
 def verified_in_chunks() -> None:
@@ -294,6 +324,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "schedule: ngram trees": lambda: equal(
         asked("greedy", 4, max_tokens=40), kind="ngram", moves=False
     ),
+    "schedule: static tree": lambda: equal(
+        asked("greedy", 4, max_tokens=40), kind="ngram", moves=False, speculative_tree=STATIC_TREE
+    ),
     "schedule: sliding window": lambda: equal(asked("greedy", 3, max_tokens=40), model="sliding"),
     "schedule: sliding window, seed": lambda: equal(asked("seed", 4), model="sliding"),
     "schedule: whole batch": whole_batch,
@@ -311,6 +344,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         num_gpu_blocks_override=16,
         max_model_len=256,
     ),
+    "schedule: metrics": metrics,
     "schedule: verified in chunks": verified_in_chunks,
     "schedule: processed logprobs": lambda: equal(
         requests("greedy", 4, max_tokens=MAX_TOKENS, logprobs=3, temperature=0.7, top_k=20),
@@ -331,15 +365,21 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 }
 
 
-def outcome(name: str) -> str:
+def outcome(scenario: Callable[[], None]) -> str:
     try:
-        SCENARIOS[name]()
+        scenario()
     except Exception:
         engine.cache_clear()  # what failed may have left requests behind
         return traceback.format_exc()
     return "ok"
 
 
+def main(scenarios: dict[str, Callable[[], None]]) -> None:
+    """Runs those whose names start with the first argument."""
+    names = [name for name in scenarios if name.startswith(sys.argv[1])]
+    outcomes = {name: outcome(scenarios[name]) for name in names}
+    print("\n" + RESULT + json.dumps(outcomes), flush=True)
+
+
 if __name__ == "__main__":
-    names = [name for name in SCENARIOS if name.startswith(sys.argv[1])]
-    print("\n" + RESULT + json.dumps({name: outcome(name) for name in names}), flush=True)
+    main(SCENARIOS)

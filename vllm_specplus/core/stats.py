@@ -77,7 +77,7 @@ def summary(counts: Mapping[str, float]) -> str:
     def of(name: str) -> list[tuple[str, float]]:
         return [(k.partition("/")[2], n) for k, n in counts.items() if k.startswith(f"{name}/")]
 
-    rates = [f"{n / drafts:.3f}" for _, n in of("num_accepted_tokens_per_pos") if n]
+    rates = [f"{n / max(drafts, 1):.3f}" for _, n in of("num_accepted_tokens_per_pos") if n]
     fallbacks = [f"{reason} {n:.0f}" for reason, n in of("fallbacks") if n]
     return (
         f"Speculative decoding by vllm_specplus: {rounds:.0f} rounds, {drafts:.0f} with drafts, "

@@ -2,39 +2,40 @@
 
 A backend's subclass delegates everything but tree rows. A step with branching trees
 attaches `TreeRows` to the attention metadata; rows of such trees see the committed context and
-their ancestors, all others are causal and stay with vLLM's kernel.
+their ancestors, all others are causal and stay with vLLM's kernel. Nothing else of the metadata is
+read, which every backend has its own of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from specplus_kernels.tree_attention import tree_attention
 
 from vllm_specplus.engine.compat import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-    init_logger,
+    AttentionBackendEnum,
+    AttentionCGSupport,
+    resolve_obj_by_qualname,
 )
 from vllm_specplus.engine.round import Staged
-
-logger = init_logger(__name__)
-_VEC_LAYOUTS = ("vec", "vec16")
 
 
 @dataclass(frozen=True, slots=True)
 class TreeRows:
-    """What tree attention needs beside the host's metadata.
+    """A batch for tree attention.
 
-    requests: int32 [num_trees], the requests to serve, None for all. covers_all: there are no
-    others, so causal attention need not run. ancestor_mask: int64 [rows, words]. positions: int64
-    [rows]. context_lens: int32 [num_reqs], KV slots before each request's rows.
+    block_table: int32 [num_reqs, max_blocks], of the layer's KV group. query_start_loc: int32
+    [num_reqs + 1]. requests: int32 [num_trees], the requests to serve, None for all. covers_all:
+    there are no others, so causal attention need not run. ancestor_mask: int64 [rows, words].
+    positions: int64 [rows]. context_lens: int32 [num_reqs], KV slots before each request's rows.
     """
 
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
     requests: torch.Tensor | None
     covers_all: bool
     ancestor_mask: torch.Tensor
@@ -50,39 +51,37 @@ def attach_tree(
     positions: int64 [rows]; context_lens: int32 [num_reqs].
     """
     requests = staged.is_tree.nonzero().flatten().int()
-    rows = TreeRows(
-        requests=requests,
-        covers_all=len(requests) == len(staged.is_tree),
-        ancestor_mask=staged.row_masks(len(positions)),
-        positions=positions,
-        context_lens=context_lens,
-    )
+    ancestor_mask = staged.row_masks(len(positions))
     for group in metadata:
-        group.tree = rows
+        group.tree = TreeRows(
+            block_table=group.block_table,
+            query_start_loc=group.query_start_loc,
+            requests=requests,
+            covers_all=len(requests) == len(staged.is_tree),
+            ancestor_mask=ancestor_mask,
+            positions=positions,
+            context_lens=context_lens,
+        )
 
 
-def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value views [num_blocks, block_size, num_kv_heads, head_size] of a "vec" cache.
+KVViews = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a cache, each [num_blocks, block_size, num_kv_heads, head_size]."""
 
-    Memory is [num_blocks, num_kv_heads, block_size, 2 * head_size]; the first half of each
-    (block, head) holds the keys transposed, [head_size, block_size], the second half the values.
-    """
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * width // 2)
-    keys = halves[:, :, 0].unflatten(-1, (width // 2, block_size)).permute(0, 3, 1, 2)
-    values = halves[:, :, 1].unflatten(-1, (block_size, width // 2)).transpose(1, 2)
+
+def packed_kv_views(kv_cache: torch.Tensor) -> KVViews:
+    """Of the cache of a GPU: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys first."""
+    keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
     return keys, values
 
 
 class TreeRowsMixin:
     """Over an attention implementation of vLLM: causal attention by vLLM, tree rows by ours."""
 
-    kv_views: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    kv_views: Callable[[torch.Tensor], KVViews]
     num_heads: int
     head_size: int
     scale: float
-    sliding_window: Any
-    logits_soft_cap: float
+    logits_soft_cap: float | None
     sinks: torch.Tensor | None
 
     def forward(
@@ -103,20 +102,20 @@ class TreeRowsMixin:
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
         if tree is not None:
-            num_rows = attn_metadata.num_actual_tokens
+            num_rows = len(tree.positions)
             keys, values = type(self).kv_views(kv_cache)
             tree_attention(
                 query[:num_rows],
                 keys,
                 values,
-                attn_metadata.block_table,
-                attn_metadata.query_start_loc,
+                tree.block_table,
+                tree.query_start_loc,
                 tree.context_lens,
-                tree.ancestor_mask[:num_rows],
-                tree.positions[:num_rows],
+                tree.ancestor_mask,
+                tree.positions,
                 scale=self.scale,
                 sliding_window=layer.sliding_window,
-                logits_soft_cap=self.logits_soft_cap,
+                logits_soft_cap=self.logits_soft_cap or 0.0,
                 sinks=self.sinks,
                 out=output[:num_rows].view(num_rows, self.num_heads, self.head_size),
                 requests=tree.requests,
@@ -124,34 +123,37 @@ class TreeRowsMixin:
         return output
 
 
-class TreeCPUAttentionBackend(CPUAttentionBackend):
-    """vLLM's CPU backend plus tree rows."""
+class TreeGraphsMixin:
+    """Over a metadata builder of vLLM: graphs of trees serve batches of equal trees only."""
 
-    @staticmethod
-    def get_impl_cls() -> type[TreeCPUAttentionImpl]:
-        return TreeCPUAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[TreeCPUAttentionMetadataBuilder]:
-        return TreeCPUAttentionMetadataBuilder
+    @classmethod
+    def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+        own = super().get_cudagraph_support(*args)  # type: ignore[misc]
+        return min(own, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
 
-class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Keeps the cache in a layout that tree attention reads ("vec"; AMX and others pack it)."""
-
-    isa: str
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.isa not in _VEC_LAYOUTS:
-            logger.warning_once(
-                "KV cache layout '%s' was selected; token trees use 'vec' instead.", self.isa
-            )
-            self.isa = "vec"
-            self._set_isa_to_layers(self.layer_names)
+GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+"""vLLM's attention backends for GPUs whose cache is `packed_kv_views`'."""
 
 
-class TreeCPUAttentionImpl(TreeRowsMixin, CPUAttentionBackendImpl):
-    """vLLM's CPU attention plus tree rows."""
+def gpu_backends() -> dict[AttentionBackendEnum, type]:
+    """What takes the place of which backend of vLLM."""
+    backends = {AttentionBackendEnum[name]: gpu_backend(name) for name in GPU_BACKENDS}
+    return {kind: backend for kind, backend in backends.items() if backend is not None}
 
-    kv_views = staticmethod(kv_views)
+
+@cache
+def gpu_backend(name: str) -> type | None:
+    """A backend of vLLM plus tree rows, or None where vLLM could not use it either."""
+    try:
+        backend = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+    except ImportError:
+        return None
+    impl_bases = (TreeRowsMixin, backend.get_impl_cls())
+    impl = type("TreeImpl", impl_bases, {"kv_views": staticmethod(packed_kv_views)})
+    builder = type("TreeBuilder", (TreeGraphsMixin, backend.get_builder_cls()), {})
+    methods = {"get_impl_cls": lambda: impl, "get_builder_cls": lambda: builder}
+    tree = type(f"Tree_{name}", (backend,), {n: staticmethod(m) for n, m in methods.items()})
+    globals()[tree.__name__] = tree  # where vLLM looks it up
+    tree.__module__ = __name__
+    return tree

@@ -23,18 +23,20 @@ from specplus_kernels.row_gumbel_argmax import row_gumbel_argmax
 
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine.compat import (
+    LogprobsTensors,
+    SamplingParams,
+    init_logger,
+)
+from vllm_specplus.engine.compat_cpu import (
     BatchUpdate,
     LogitBiasLogitsProcessor,
     LogitsProcessors,
-    LogprobsTensors,
     MinPLogitsProcessor,
     MinTokensLogitsProcessor,
     Sampler,
     SamplingMetadata,
-    SamplingParams,
     draw_seed,
     fused_gumbel_argmax,
-    init_logger,
 )
 
 logger = init_logger(__name__)

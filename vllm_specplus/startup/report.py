@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.startup.host import (
+    CPU_ENGINE,
     V2_ENGINE,
     check_hooks,
     find_hook,
@@ -71,8 +72,9 @@ def _engine() -> dict[str, str | None]:
         engine = tree_engine()
     except NotBuiltError as error:
         return {"name": None, "why": str(error)}
-    runner = "V2" if engine is V2_ENGINE else "V1"
-    why = f"vLLM {vllm_version()} on a CPU uses its {runner} runner, and every hook is there"
+    runner = "V1" if engine is CPU_ENGINE else "V2"
+    where = "a GPU" if engine is V2_ENGINE else "a CPU"
+    why = f"vLLM {vllm_version()} on {where} uses its {runner} runner, and every hook is there"
     return {"name": engine.name, "why": why}
 
 

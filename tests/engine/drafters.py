@@ -1,0 +1,153 @@
+"""Tiny targets with a vocabulary so small that untrained drafters are right now and then.
+
+Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and GLM-4.5 with one and
+with three MTP modules. Their weights are random, so only what they accept is compared.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from tests.engine.models import COMMON, TINY_VOCAB_SIZE, llama, randomize
+
+NUM_LAYERS = 2
+AUX_LAYERS = [0, 1]
+HIDDEN: Any = COMMON["hidden_size"]
+
+
+def _write(path: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.contiguous() for name, w in weights.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.5
+
+
+def _layer() -> dict[str, torch.Tensor]:
+    """One random Llama layer that adds little, names from "layers.0." on."""
+    config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=1, **COMMON)
+    weights = randomize(LlamaForCausalLM(config), seed=7).state_dict()
+    return {n.removeprefix("model."): _quiet(n, w) for n, w in weights.items() if ".layers." in n}
+
+
+def _quiet(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's last projections, so much smaller that what enters the layer still decides."""
+    return weight * (0.2 if "o_proj" in name or "down_proj" in name else 1)
+
+
+@torch.no_grad()
+def _next_hidden(model: PreTrainedModel, normed: bool) -> torch.Tensor:
+    """The linear map from [embedding of the next token, hidden state] to the next hidden state that
+    errs least on random text: [hidden_size, 2 * hidden_size]."""
+    ids = torch.randint(TINY_VOCAB_SIZE, (64, 48), generator=torch.Generator().manual_seed(6))
+    hidden = model.model(ids).last_hidden_state
+    embeddings = model.get_input_embeddings()(ids)
+    parts = [embeddings[:, 1:], hidden[:, :-1]]
+    if normed:
+        parts = [part * part.square().mean(-1, keepdim=True).rsqrt() for part in parts]
+    inputs = torch.cat(parts, -1).flatten(0, 1)
+    return torch.linalg.lstsq(inputs, hidden[:, 1:].flatten(0, 1)).solution.T
+
+
+def _target() -> PreTrainedModel:
+    return randomize(llama(TINY_VOCAB_SIZE), seed=3)
+
+
+def target(path: Path) -> Path:
+    _target().save_pretrained(path)
+    return path
+
+
+def draft(path: Path) -> Path:
+    """The target with noise."""
+    model = _target()
+    for index, weight in enumerate(model.parameters()):
+        if weight.dim() == 2:
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+            weight.data += 0.3 * noise * weight.std()
+    model.save_pretrained(path)
+    return path
+
+
+def eagle(path: Path) -> Path:
+    weights = _layer() | {"fc.weight": _next_hidden(_target(), normed=False)}
+    weights.pop("layers.0.input_layernorm.weight")
+    config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=1, **COMMON).to_dict()
+    return _write(path, weights, config | {"architectures": ["LlamaForCausalLM"]})
+
+
+def eagle3(path: Path) -> Path:
+    weights = {n.replace("layers.0", "midlayer"): w for n, w in _layer().items()}
+    for name in ("q", "k", "v"):
+        key = f"midlayer.self_attn.{name}_proj.weight"
+        weights[key] = _random(len(weights[key]), 2 * HIDDEN, seed=ord(name))
+    weights |= {
+        "midlayer.hidden_norm.weight": torch.ones(HIDDEN),
+        "norm.weight": torch.ones(HIDDEN),
+        "fc.weight": _random(HIDDEN, len(AUX_LAYERS) * HIDDEN, seed=9),
+        "lm_head.weight": _random(TINY_VOCAB_SIZE, HIDDEN, seed=10),
+    }
+    config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=1, **COMMON).to_dict()
+    config |= {"num_aux_hidden_states": 2, "eagle_aux_hidden_state_layer_ids": AUX_LAYERS}
+    return _write(path, weights, config | {"architectures": ["LlamaForCausalLMEagle3"]})
+
+
+def glm(path: Path, num_modules: int) -> Path:
+    """A dense GLM-4.5 with MTP modules, whose layers are noisy copies of the target's last."""
+    config = Glm4MoeConfig(
+        vocab_size=TINY_VOCAB_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        first_k_dense_replace=NUM_LAYERS - 1,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=HIDDEN,
+        num_nextn_predict_layers=num_modules,
+        **COMMON,
+    )
+    model = randomize(Glm4MoeForCausalLM(config), seed=4)
+    model.save_pretrained(path)
+    eh_proj = _next_hidden(model, normed=True)
+    weights = load_file(path / "model.safetensors")
+    last = f"model.layers.{NUM_LAYERS - 1}."
+    for module in range(num_modules):
+        name = f"model.layers.{NUM_LAYERS + module}."
+        for key in [key for key in weights if key.startswith(last)]:
+            weights[key.replace(last, name)] = _quiet(key, weights[key]).clone()
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            weights[f"{name}{norm}.weight"] = torch.ones(HIDDEN)
+        weights[f"{name}eh_proj.weight"] = eh_proj + 0.3 * module * _random(*eh_proj.shape, seed=20)
+        weights[f"{name}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+        weights[f"{name}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    return _write(path, weights, json.loads((path / "config.json").read_text()))
+
+
+BUILDERS = {
+    "target": target,
+    "draft": draft,
+    "eagle": eagle,
+    "eagle3": eagle3,
+    "glm1": lambda path: glm(path, 1),
+    "glm3": lambda path: glm(path, 3),
+}
+
+
+@cache
+def drafter_path(name: str) -> str:
+    return str(BUILDERS[name](Path(mkdtemp(prefix=f"specplus-{name}-"))))

@@ -1,0 +1,156 @@
+"""vLLM's own drafters under n-gram trees: `python -m tests.engine.v2_drafters GROUP`.
+
+The trunk of a tree of as many nodes as the drafter drafts is its chain, so it must accept exactly
+what vLLM's own chain accepts: a wrong row, hidden state, position or KV slot shows at once.
+"""
+
+from __future__ import annotations
+
+import tests.engine.v2 as v2  # first: it makes vLLM find Triton
+
+# isort: split
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from vllm import LLM, SamplingParams
+
+from tests.engine.drafters import drafter_path
+from tests.engine.engines import DEFAULTS, Engine, Request
+from tests.engine.models import TINY_VOCAB_SIZE
+from vllm_specplus.engine import v2_speculator
+from vllm_specplus.engine.v2_chain import ChainRows
+
+DEPTH, NUM_NODES = 3, 8
+DRAFTERS = {
+    "draft": ("draft", "target"),
+    "eagle": ("eagle", "target"),
+    "eagle3": ("eagle3", "target"),
+    "mtp, 1 module": ("mtp", "glm1"),
+    "mtp, 3 modules": ("mtp", "glm3"),
+}
+"""Name -> method and target; the drafter's folder is called like the method."""
+_STARTED: list[Engine] = []
+
+
+@cache
+def engine(target: str, options: tuple[tuple[str, Any], ...] = ()) -> Engine:
+    settings = DEFAULTS | dict(max_num_seqs=8, skip_tokenizer_init=True) | dict(options)
+    _STARTED.append(Engine(LLM(drafter_path(target), **settings), None))
+    return _STARTED[-1]
+
+
+def drafting(name: str, num_nodes: int | None = None, **options: Any) -> Engine:
+    """vLLM's own chain, or a tree of `num_nodes` around it."""
+    method, target = DRAFTERS[name]
+    path = "" if method == "mtp" else drafter_path(method)
+    methods = method if num_nodes is None else f"{method}+ngram"
+    options |= dict(speculative_model=f"[{methods}]{path}", num_speculative_tokens=DEPTH)
+    if num_nodes is not None:
+        options["speculative_tree"] = f"dynamic:{num_nodes}"
+    return engine(target, tuple(options.items()))
+
+
+def requests(num: int = 6, **options: Any) -> list[Request]:
+    rng = random.Random(5)
+    settings = dict(temperature=0, max_tokens=20, ignore_eos=True) | options
+    return [
+        Request(
+            [rng.randrange(TINY_VOCAB_SIZE) for _ in range(5 + 4 * i)], SamplingParams(**settings)
+        )
+        for i in range(num)
+    ]
+
+
+def texts(run_by: Engine, wanted: list[Request]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in run_by.run(wanted)]
+
+
+def trunk(name: str) -> None:
+    """vLLM's own chain, and a tree that has room for nothing else."""
+    wanted, native, ours = requests(), drafting(name), drafting(name, DEPTH)
+    plain = texts(engine(DRAFTERS[name][1]), wanted)
+    assert texts(native, wanted) == texts(ours, wanted) == plain
+    assert ours.extra_tokens == native.extra_tokens > 0
+
+
+def tree(name: str, wanted: list[Request], **options: Any) -> None:
+    moved = v2.MOVED.moved
+    plain = engine(DRAFTERS[name][1], tuple(options.items()))
+    assert texts(drafting(name, NUM_NODES, **options), wanted) == texts(plain, wanted)
+    assert v2.MOVED.moved > moved, "no accepted node had to move"
+
+
+def seeded(num: int = 6) -> list[Request]:
+    wanted = requests(num)
+    return [
+        replace(r, params=SamplingParams(temperature=1, seed=seed, max_tokens=20))
+        for seed, r in enumerate(wanted)
+    ]
+
+
+def preemption(name: str) -> None:
+    wanted = requests(max_tokens=70)
+    options: dict[str, Any] = dict(num_gpu_blocks_override=16, max_model_len=256)
+    scheduler = drafting(name, NUM_NODES, **options).scheduler
+    with mock.patch.object(
+        scheduler, "_preempt_request", side_effect=scheduler._preempt_request
+    ) as preempted:
+        tree(name, wanted, **options)
+    assert preempted.called
+
+
+def asynchronous(name: str) -> None:
+    with v2.asynchronous():
+        tree(name, requests(), max_num_seqs=6)
+
+
+def behind_decoys(trunk: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`graft` with a wrong sibling before every node of the trunk, so that all of it must move."""
+    nodes = torch.stack([(trunk + 1) % TINY_VOCAB_SIZE, trunk], 2).flatten(1)
+    parents = torch.tensor([-1, *(2 * depth for depth in range(DEPTH) for _ in range(2))])
+    return torch.nn.functional.pad(nodes, (1, 0), value=-1), parents.expand(len(trunk), -1)
+
+
+def moved_trunk(name: str) -> None:
+    """As much is accepted as of vLLM's own chain; less when the accepted path is taken out."""
+    wanted, native, ours = requests(), drafting(name), drafting(name, 2 * DEPTH)
+    plain = texts(native, wanted)
+    of = ChainRows.of
+    with mock.patch.object(v2_speculator, "graft", behind_decoys):
+        assert texts(ours, wanted) == plain
+        accepted = ours.extra_tokens
+        assert accepted >= native.extra_tokens
+        without = lambda self, batch, path: of(self, batch, path[:, :1])  # noqa: E731
+        with mock.patch.object(ChainRows, "of", without):
+            assert texts(ours, wanted) == plain
+    assert ours.extra_tokens < accepted or name == "eagle3"  # which is right by chance only
+
+
+def scenarios(name: str) -> dict[str, Callable[[], None]]:
+    """vLLM tells models with experts from others by process, so they are groups of their own."""
+    group = "experts" if DRAFTERS[name][0] == "mtp" else "drafter"
+    of_all = {
+        "trunk": lambda: trunk(name),
+        "tree": lambda: tree(name, requests()),
+        "tree, seed": lambda: tree(name, seeded()),
+        "moved trunk": lambda: moved_trunk(name),
+    }
+    of_some = {
+        "chunked prompts": lambda: tree(name, seeded(), max_num_batched_tokens=32),
+        "preemption": lambda: preemption(name),
+        "async": lambda: asynchronous(name),
+        "longest length": lambda: tree(name, requests(4, max_tokens=None), max_model_len=64),
+    }
+    runs = of_all | (of_some if name in ("eagle", "mtp, 3 modules") else {})
+    return {f"{group}: {name}, {title}": run for title, run in runs.items()}
+
+
+SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).items()}
+
+if __name__ == "__main__":
+    v2.main(SCENARIOS)

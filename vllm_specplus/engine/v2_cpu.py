@@ -1,0 +1,30 @@
+"""The V2 engine on a CPU, under Triton's interpreter: how it is tested without a GPU."""
+
+from __future__ import annotations
+
+import sys
+
+from vllm_specplus.engine.attention import gpu_backends
+from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend
+from vllm_specplus.engine.compat import AttentionBackendEnum, scoped
+from vllm_specplus.engine.compat_cpu import CPUWorker
+from vllm_specplus.engine.compat_v2 import CPUModelRunner
+from vllm_specplus.engine.v2 import TreeRunner
+from vllm_specplus.engine.worker_v2 import TreeWorker
+
+
+class TreeCPURunner(TreeRunner, CPUModelRunner):
+    """vLLM's V2 runner for CPUs with trees."""
+
+    @staticmethod
+    def backends() -> dict[AttentionBackendEnum, type]:
+        return gpu_backends() | {AttentionBackendEnum.CPU_ATTN: TreeCPUAttentionBackend}
+
+
+class TreeCPUWorker(TreeWorker, CPUWorker):
+    """vLLM's CPU worker around `TreeCPURunner`."""
+
+    def init_device(self) -> None:
+        module = sys.modules[CPUModelRunner.__module__]
+        with scoped(module, "CPUModelRunner", TreeCPURunner):
+            super().init_device()
