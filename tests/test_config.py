@@ -137,12 +137,48 @@ def test_bad_tree(tree: Any, said: str) -> None:
         ({"speculative_model": "[mtp]", "ngram_prompt_lookup_max": 3}, "belongs to [ngram]"),
         ({"speculative_model": None}, "speculative_model=None is refused"),
         ({"beam": 3}, "beam=3 is no option"),
+        ({"step_costs": "1:5.1"}, "belongs to a tree"),
     ],
 )
 def test_bad_value(options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=r"^[^\n]*; [^\n]*\.$") as error:
         SpecPlusConfig.from_options(NGRAM | options)
     assert said in str(error.value)
+
+
+COSTS = {1: 5.1, 8: 5.2, 64: 7.9}
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        COSTS,
+        {str(rows): ms for rows, ms in COSTS.items()},
+        "1:5.1,8:5.2,64:7.9",
+        " 1: 5.1, 8:5.2, 64:7.9",
+    ],
+)
+def test_step_costs_are_read_and_travel_as_json(spelled: Any) -> None:
+    config = SpecPlusConfig.from_options(NGRAM | {"tree": "dynamic:9", "step_costs": spelled})
+    assert config.step_costs == COSTS
+    sent = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert sent["step_costs"] == "1:5.1,8:5.2,64:7.9"
+    assert SpecPlusConfig.model_validate(sent) == config
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        *["", "x", "5.1", "1:5.1,", "1:5.1;8:5.2", "1:5.1:2", "1.5:5", "1:x", {}, [], [5.1], 5],
+        *["0:5.1", "-1:5.1", "8:5.1,1:5.2", "1:5.1,1:5.2", {8: 5.1, 1: 5.2}],
+        *["1:0", "1:-1", "1:nan", "1:inf", {1: None}, {None: 1}, {1.5: 5}],
+    ],
+)
+def test_bad_step_costs(costs: Any) -> None:
+    """Each part of the check was seen to be needed: rising rows, first row, sign, nan, inf."""
+    with pytest.raises(OptionError, match=r"^speculative_step_costs=[^\n]*; [^\n]*\.$") as error:
+        SpecPlusConfig.from_options(NGRAM | {"tree": "dynamic:9", "step_costs": costs})
+    assert "write for example '1:5.1,8:5.2,64:7.9'" in str(error.value)
 
 
 @pytest.mark.parametrize(

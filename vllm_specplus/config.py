@@ -250,7 +250,7 @@ def parse_step_costs(value: Any) -> dict[int, float] | None:
 
 
 def _costs_text(costs: dict[int, float] | None) -> str | None:
-    return costs and ",".join(f"{rows}:{ms}" for rows, ms in costs.items())
+    return None if costs is None else ",".join(f"{rows}:{ms}" for rows, ms in costs.items())
 
 
 class SpecPlusConfig(BaseModel):

@@ -6,6 +6,9 @@ Apart from compat.py because these modules bring Triton along.
 from __future__ import annotations
 
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu import model_runner

@@ -78,6 +78,8 @@ class SpecRound:
     def __init__(self, config: SpecPlusConfig) -> None:
         self.proposer = create(config)
         self.budget = RowBudget()
+        if config.step_costs is not None:
+            self.budget.measured(config.step_costs)
         self.max_depth = config.num_speculative_tokens
         self.stats = SpecStats(self.max_depth)
 

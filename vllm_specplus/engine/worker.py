@@ -25,6 +25,7 @@ class SpecPlusCPUWorker(CountingWorker, CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         runner = self.model_runner
-        runner.measure_step_costs()
+        if runner.round.budget.cost is None:
+            runner.measure_step_costs()
         self.count_rounds(runner.round.stats, fallback, (runner, "propose_draft_token_ids"))
         return times

@@ -16,10 +16,19 @@ from vllm_specplus.config import (
     MethodSpec,
     SpecPlusConfig,
     parse_methods,
+    parse_step_costs,
     parse_tree,
 )
+from vllm_specplus.core.cost import CostModel
+from vllm_specplus.core.width import MOST_REQS, ladder, plan
 from vllm_specplus.errors import OptionError, bad_option, not_built
-from vllm_specplus.startup.host import Engine, native_methods, native_rules, tree_engine
+from vllm_specplus.startup.host import (
+    CPU_ENGINE,
+    Engine,
+    native_methods,
+    native_rules,
+    tree_engine,
+)
 
 Need = Literal["checks", "trees"]
 """Groups of patches that translated arguments need; stock arguments and most chains need none."""
@@ -29,6 +38,7 @@ OPTIONS: dict[str, str] = {
     "num_speculative_tokens": "num_speculative_tokens",
     "speculative_tree": "tree",
     "speculative_verify": "verify",
+    "speculative_step_costs": "step_costs",
     "ngram_prompt_lookup_max": "prompt_lookup_max",
     "ngram_prompt_lookup_min": "prompt_lookup_min",
 }
@@ -44,7 +54,8 @@ VLLM_ALIASES: dict[str, str] = {
 TREE_RULES = ("auto", "match")
 _NATIVE_RULES = {"rejection": "standard", "block": "block"}
 _OUR_NAMES = {method.native: name for name, method in METHODS.items() if method.native}
-_OUR_KEYS = ("tree", "verify")
+_OUR_KEYS = ("tree", "verify", "step_costs")
+_WIDTHS = "num_speculative_tokens_per_batch_size"
 
 
 def tree_options(additional_config: Any) -> SpecPlusConfig | None:
@@ -108,8 +119,8 @@ def _say(config: dict[str, Any], key: str, value: Any, option: str) -> None:
 
 
 def _meaning(key: str, value: Any) -> Any:
-    if key == "tree":
-        return parse_tree(value)
+    if key in ("tree", "step_costs"):
+        return (parse_tree if key == "tree" else parse_step_costs)(value)
     return _OUR_NAMES.get(value, value) if key == "method" else value
 
 
@@ -130,12 +141,13 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return result, () if config.verify == "auto" else ("checks",)
     engine = tree_engine()
     _check_built(config, engine)
+    widths = _widths(config, others, engine, result.get("max_num_seqs"))
     trunks = [spec for spec in config.methods if spec.name != "ngram"]
     if trunks:
-        result["speculative_config"] = native_config(config, trunks[0]) | others
+        result["speculative_config"] = native_config(config, trunks[0]) | others | widths
     else:
         _check_alone(others)
-        result["speculative_config"] = {
+        result["speculative_config"] = widths | {
             "method": engine.method,
             "model": engine.drafter_cls,
             "num_speculative_tokens": config.num_nodes,
@@ -144,6 +156,25 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     additional = dict(result.get("additional_config") or {})
     _set(additional, "specplus", config.model_dump(mode="json"), unset=None)
     return result | {"additional_config": additional}, for_trees
+
+
+def _widths(
+    config: SpecPlusConfig, others: dict[str, Any], engine: Engine, max_num_reqs: int | None
+) -> dict[str, Any]:
+    """How many nodes at which batch size, taken out of `others` or from given costs.
+
+    Nothing where costs are to be measured, and for the engine whose row budget follows each step.
+    """
+    if engine is CPU_ENGINE:
+        return {}
+    given = {_WIDTHS: others.pop(_WIDTHS)} if _WIDTHS in others else {}
+    if config.step_costs is None:
+        return given
+    if given:
+        raise bad_option(_WIDTHS, given[_WIDTHS], "says what step_costs says", "give one of them")
+    most = max_num_reqs or MOST_REQS
+    widths = ladder(config.num_nodes, most)
+    return {_WIDTHS: plan(config, CostModel(config.step_costs), widths, most)}
 
 
 def _set(arguments: dict[str, Any], name: str, value: Any, unset: Any) -> None:
@@ -163,7 +194,7 @@ def read(keys: Mapping[str, Any]) -> tuple[SpecPlusConfig, dict[str, Any]]:
             "speculative_model is missing beside the other speculative options; give "
             "speculative_model='[method]', or a draft model."
         )
-    fields = {"num_speculative_tokens", "tree", "verify"}
+    fields = {"num_speculative_tokens", "tree", "verify", "step_costs"}
     options = {key: others.pop(key) for key in fields & others.keys()}
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
         if key in others:

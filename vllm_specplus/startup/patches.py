@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args
 import wrapt
 
 from vllm_specplus.config import SpecPlusConfig, Verify
+from vllm_specplus.core.width import MOST_REQS, describe, every_width
 from vllm_specplus.errors import NotBuiltError, SpecPlusError
 from vllm_specplus.startup import metrics
+from vllm_specplus.startup.host import V2_ENGINE, wanted_engine
 from vllm_specplus.startup.options import OPTIONS, fold, speaks_ours, translate, tree_options
 from vllm_specplus.startup.refusals import chain_refusals, tree_refusals
 
@@ -75,6 +77,9 @@ def _create_engine_config(
         refusals = tree_refusals if has_trees else chain_refusals
         for sentence in refusals(vllm_config):
             raise NotBuiltError(sentence)
+        widths = speculative.num_speculative_tokens_per_batch_size
+        if has_trees and widths and not getattr(speculative, "specplus_measures", False):
+            logger.info("speculative_tree: %s", describe(widths))
     return vllm_config
 
 
@@ -88,7 +93,34 @@ def _create_speculative_config(
         speculative.num_speculative_tokens = options.num_nodes
         speculative.specplus = True
         speculative.specplus_log_stats = not engine_args.disable_log_stats
+        if (
+            speculative.num_speculative_tokens_per_batch_size is None
+            and wanted_engine() is V2_ENGINE
+        ):
+            most = engine_args.max_num_seqs or MOST_REQS
+            speculative.num_speculative_tokens_per_batch_size = every_width(options.num_nodes, most)
+            speculative.specplus_measures = True
     return speculative
+
+
+def _get_executor(wrapped: Callable[..., type], _: Any, args: Arguments, kwargs: Keywords) -> type:
+    """Where step costs are to be measured, an executor that asks its workers for them."""
+    executor = wrapped(*args, **kwargs)
+    (vllm_config,) = (*args, *kwargs.values())
+    speculative = vllm_config.speculative_config
+    if not getattr(speculative, "specplus_measures", False):
+        return executor
+    from vllm_specplus.startup.executor import MEASURING
+
+    if executor not in MEASURING:
+        logger.warning(
+            "speculative_tree: step costs are not measured with %s, so every batch is drafted "
+            "whole trees; give speculative_step_costs.",
+            executor.__name__,
+        )
+        speculative.num_speculative_tokens_per_batch_size = None
+        speculative.specplus_measures = False
+    return MEASURING.get(executor, executor)
 
 
 def _validate_spec_decode(
@@ -161,6 +193,7 @@ PATCHES = (
     Patch("command line", "sys", "excepthook", _excepthook),
     Patch("checks", _ARG_UTILS, "EngineArgs.create_engine_config", _create_engine_config),
     Patch("trees", _ARG_UTILS, "EngineArgs.create_speculative_config", _create_speculative_config),
+    Patch("trees", "vllm.v1.executor.abstract", "Executor.get_class", _get_executor),
     Patch(
         "trees",
         "vllm.sampling_params",
