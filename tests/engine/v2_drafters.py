@@ -6,26 +6,32 @@ what vLLM's own chain accepts: a wrong row, hidden state, position or KV slot sh
 
 from __future__ import annotations
 
-import tests.engine.v2 as v2  # first: it makes vLLM find Triton
+import tests.engine.interpreter  # noqa: F401  (before vLLM)
 
 # isort: split
 import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from vllm import LLM, SamplingParams
 
+from tests.engine import v2
+from tests.engine.distribution import PROMPT, conditionals, joint
 from tests.engine.drafters import drafter_path
 from tests.engine.engines import DEFAULTS, Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
+from tests.engine.test_distribution import SMALLEST_P, p_value
 from vllm_specplus.engine import v2_speculator
 from vllm_specplus.engine.v2_chain import ChainRows
 
 DEPTH, NUM_NODES = 3, 8
+LENGTH, NUM_SEQUENCES = 3, 448
 DRAFTERS = {
     "draft": ("draft", "target"),
     "eagle": ("eagle", "target"),
@@ -131,6 +137,18 @@ def moved_trunk(name: str) -> None:
     assert ours.extra_tokens < accepted or name == "eagle3"  # which is right by chance only
 
 
+def distribution(rule: str, name: str = "draft") -> None:
+    """Chi-square of sampled text against the target's exact distribution, per position and pair."""
+    probs = joint(conditionals(Path(drafter_path(DRAFTERS[name][1])), LENGTH))
+    ours = drafting(name, NUM_NODES, speculative_verify=rule, max_num_seqs=64)
+    settings = SamplingParams(temperature=1, max_tokens=LENGTH, ignore_eos=True)
+    tokens = np.array(texts(ours, [Request(PROMPT, settings)] * NUM_SEQUENCES))
+    assert ours.extra_tokens > NUM_SEQUENCES / 4
+    for kept in ((0,), (1,), (2,), (0, 1), (1, 2)):
+        summed = tuple(axis for axis in range(LENGTH) if axis not in kept)
+        assert p_value(tokens[:, kept], probs.sum(summed)) > SMALLEST_P, (rule, kept)
+
+
 def scenarios(name: str) -> dict[str, Callable[[], None]]:
     """vLLM tells models with experts from others by process, so they are groups of their own."""
     group = "experts" if DRAFTERS[name][0] == "mtp" else "drafter"
@@ -150,7 +168,10 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
     return {f"{group}: {name}, {title}": run for title, run in runs.items()}
 
 
-SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).items()}
+SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).items()} | {
+    "drafter: draft, distribution by rejection": lambda: distribution("rejection"),
+    "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
+}
 
 if __name__ == "__main__":
     v2.main(SCENARIOS)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from specplus_kernels.kv_commit import KVCommitPlan
 from specplus_kernels.tree_stage import tree_stage
+from specplus_kernels.verify import Rule
 
-from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.config import SpecPlusConfig, Verify
 from vllm_specplus.core.tree import WORD_BITS
 from vllm_specplus.engine.attention import (
     GPU_BACKENDS,
@@ -49,6 +50,13 @@ from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.errors import not_built
 
+_RULES: dict[Verify, Rule] = {
+    "auto": "match",
+    "match": "match",
+    "rejection": "recursive",
+    "traversal": "traversal",
+}
+
 
 class TreeModelState(DefaultModelState):
     """vLLM's model state, which stages the trees of a step and commits what was accepted."""
@@ -64,6 +72,7 @@ class TreeModelState(DefaultModelState):
         self._context_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
         self.has_trees = True
         self.max_depth = config.num_speculative_tokens
+        self.rule = _RULES[config.verify]
         self.path = torch.empty(0)
         self._slot_mappings: torch.Tensor | None = None
         self._commit_plans: list[KVCommitPlan] = []

@@ -1,8 +1,9 @@
 """Verification in the V2 runner: vLLM's rejection sampler with the walk through a tree in it.
 
-vLLM's own code processes the logits, cuts large batches into chunks, counts and collects; the
-target's token at each row is drawn with its noise, keyed by seed and position, so that what is
-emitted is what the runner would have sampled without drafts, bit for bit.
+vLLM's own code processes the logits, cuts large batches into chunks, counts and collects. By the
+rule `match` the target's token at each row is drawn with vLLM's noise, keyed by seed and position,
+so that what is emitted is what the runner would have sampled without drafts, bit for bit. The other
+rules take a trunk that its drafter sampled, and keep the distribution.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from specplus_kernels.tree_verify import tree_verify
+from specplus_kernels import verify
 
 from vllm_specplus.core.tree import TOKEN_BITS
 from vllm_specplus.engine.compat_v2 import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class TreeVerifier(RejectionSampler):
-    """One token per row, then the path of nodes that equal it."""
+    """Accepts a path of every tree, by the rule of the model state."""
 
     def __init__(self, sampler: Sampler, state: TreeModelState) -> None:
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
@@ -94,15 +95,24 @@ class TreeVerifier(RejectionSampler):
             seq_lens_upper_bound_np,
         )
         states = self.sampler.sampling_states
-        verified, _ = tree_verify(
+        temperature = states.temperature.gpu[expanded_idx_mapping]
+        drawn: dict[str, Any] = {}
+        if draft_logits is not None and self._state.rule != "match":
+            step, depth = expanded_local_pos.long(), draft_logits.shape[1]
+            q = draft_logits[expanded_idx_mapping, step.clamp(max=depth - 1)].float()
+            heat = torch.where(temperature > 0, temperature, 1.0)
+            drawn = {"draft_logits": q / heat[:, None], "is_sampled": (step > 0) & (step <= depth)}
+        verified = verify(
+            self._state.rule,
             processed,
             verify_draft_sampled.long().masked_fill(self._too_deep[rows], -1),
-            self._parents[rows],
             cu_num_logits,
-            states.temperature.gpu[expanded_idx_mapping],
+            temperature,
             states.seeds.gpu[expanded_idx_mapping],
             positions,
             max_rows=1 + self.num_speculative_steps,
+            parents=self._parents[rows],
+            **drawn,
         )
         self._paths.append(verified.path)
         return processed, verified.tokens, verified.num_emitted

@@ -52,6 +52,8 @@ VLLM_ALIASES: dict[str, str] = {
 """vLLM's own short spellings; they join in where one of ours is used."""
 
 TREE_RULES = ("auto", "match")
+DRAWN_RULES = ("rejection", "traversal")
+"""For trees around a chain of vLLM's, which is drawn then."""
 _NATIVE_RULES = {"rejection": "standard", "block": "block"}
 _OUR_NAMES = {method.native: name for name, method in METHODS.items() if method.native}
 _OUR_KEYS = ("tree", "verify", "step_costs")
@@ -144,7 +146,10 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
     trunks = [spec for spec in config.methods if spec.name != "ngram"]
     if trunks:
-        result["speculative_config"] = native_config(config, trunks[0]) | others | widths
+        chain = native_config(config.model_copy(update={"verify": "auto"}), trunks[0])
+        if config.verify in DRAWN_RULES:
+            chain["draft_sample_method"] = "probabilistic"
+        result["speculative_config"] = chain | others | widths
     else:
         _check_alone(others)
         result["speculative_config"] = widths | {
@@ -259,12 +264,13 @@ def _check_built(config: SpecPlusConfig, engine: Engine) -> None:
             f"with speculative_tree={str(config.tree)!r} is not available yet",
             f"there are chains of {chains}, and trees of {trees} in the engine {engine.name}",
         )
-    if config.verify not in TREE_RULES:
+    rules = TREE_RULES + (DRAWN_RULES if len(names) > 1 else ())
+    if config.verify not in rules:
         raise not_built(
             "speculative_verify",
             config.verify,
-            "is not available for these trees",
-            f"use {' or '.join(map(repr, TREE_RULES))}",
+            f"is not available for trees of {config.speculative_model}",
+            f"use {' or '.join(map(repr, rules))}",
         )
 
 
