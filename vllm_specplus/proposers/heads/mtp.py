@@ -1,0 +1,152 @@
+"""MTP modules as plain torch modules over whole sequences, for training and as an oracle.
+
+Module k at position t reads a hidden state of t and token t+k+1, attends to its own positions up to
+t, and gives the hidden state from which the target's head predicts token t+k+2 (DeepSeek-V3, 2024,
+arXiv 2412.19437; one tied module at all depths: FastMTP, Cai et al. 2025, arXiv 2509.18362).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, HeadsConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times the gain, in float32."""
+
+    def __init__(self, size: int, config: HeadsConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 0.0 if config.norm_adds_one else 1.0))
+        self.eps, self.offset = config.rms_norm_eps, float(config.norm_adds_one)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size]."""
+        gain = self.weight.float() + self.offset
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries and rotary positions 0, 1, 2, ..."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.attention_bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config)
+            self.k_norm = RMSNorm(self.head_dim, config)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, hidden_size]."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = _rotary(x.shape[1], self.head_dim, self.rope_theta, x.device)
+        q, k = (_rotate(each, cos, sin).to(v.dtype) for each in (q, k))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """act(gate) * up, and down again."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, hidden_size]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
+
+
+class MTPModule(nn.Module):
+    """One module; its state dict has the names of `checkpoint.module_shapes`."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.enorm, self.hnorm = RMSNorm(size, config), RMSNorm(size, config)
+        self.eh_proj = nn.Linear(2 * size, size, bias=False)
+        self.input_layernorm = RMSNorm(size, config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(size, config)
+        self.mlp = MLP(config)
+        if config.sandwich_norms:
+            self.pre_feedforward_layernorm = RMSNorm(size, config)
+            self.post_feedforward_layernorm = RMSNorm(size, config)
+        self.sandwich_norms = config.sandwich_norms
+        self.final_norm = RMSNorm(size, config)
+
+    def inputs(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """What `eh_proj` takes: [..., 2 * hidden_size]."""
+        return torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Both arguments and the result are [B, T, hidden_size]; embeddings as the target scales
+        them."""
+        x = self.eh_proj(self.inputs(hidden, embeddings))
+        if self.sandwich_norms:
+            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x)))
+            x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        else:
+            x = x + self.self_attn(self.input_layernorm(x))
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return self.final_norm(x)
+
+
+class MTPHeads(nn.Module):
+    """All depths, each over the whole sequence with its own keys and values."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stored = nn.ModuleList(MTPModule(config) for _ in range(config.num_stored))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: HeadsCheckpoint) -> MTPHeads:
+        """The modules of a checkpoint, in float32."""
+        heads = cls(checkpoint.config)
+        for number, module in enumerate(heads.stored):
+            module.load_state_dict(checkpoint.module(number))
+        return heads
+
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Hidden states [num_modules, B, T, hidden_size]: row t of depth k predicts token t+k+2.
+
+        hidden: [B, T, hidden_size], the target's. embeddings: [B, T + num_modules - 1,
+        hidden_size], row i that of token i+1. Every draft before depth k is taken as token t+k+1
+        says, which is how a draft that was right so far is continued.
+        """
+        outputs, previous = [], hidden
+        for depth in range(self.config.num_modules):
+            module = self.stored[min(depth, len(self.stored) - 1)]
+            source = previous if self.config.hidden_state_from == "previous" else hidden
+            previous = module(source, embeddings[:, depth : depth + hidden.shape[1]])
+            outputs.append(previous)
+        return torch.stack(outputs)
+
+
+def _rotary(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, head_dim / 2] (Su et al. 2021, arXiv 2104.09864)."""
+    steps = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * theta**-steps
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [B, heads, T, head_dim]; the halves of head_dim are the pairs, as in Llama."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
