@@ -227,7 +227,9 @@ def _read_config(file: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise bad_option("heads", name, f"has no {CONFIG}", _WAY_OUT) from None
     except ValueError as error:
-        raise bad_option("heads", name, f"has a {CONFIG} that is no JSON ({error})", _WAY_OUT) from None
+        raise bad_option(
+            "heads", name, f"has a {CONFIG} that is no JSON ({error})", _WAY_OUT
+        ) from None
     if not isinstance(fields, dict):
         raise bad_option("heads", name, f"has a {CONFIG} that is no object", _WAY_OUT)
     return fields
@@ -254,7 +256,9 @@ def _check(checkpoint: HeadsCheckpoint) -> None:
         shape = expected[part] if part in expected else expected[part.removesuffix("_scale")][:1]
         if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
-            raise _corrupted(name, f"have {part!r} of shape {found} where {CONFIG} asks for {shape}")
+            raise _corrupted(
+                name, f"have {part!r} of shape {found} where {CONFIG} asks for {shape}"
+            )
         if not tensor.is_floating_point() and f"{part}_scale" not in scales:
             raise _corrupted(name, f"have {part!r} as {tensor.dtype}, where a float belongs")
         if not torch.isfinite(tensor).all():

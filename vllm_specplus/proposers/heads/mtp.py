@@ -8,8 +8,8 @@ arXiv 2412.19437; one tied module at all depths: FastMTP, Cai et al. 2025, arXiv
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, HeadsConfig
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size]."""
         gain = self.weight.float() + self.offset
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        return functional.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -52,7 +52,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = _rotary(x.shape[1], self.head_dim, self.rope_theta, x.device)
         q, k = (_rotate(each, cos, sin).to(v.dtype) for each in (q, k))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -139,7 +139,9 @@ class MTPHeads(nn.Module):
         return torch.stack(outputs)
 
 
-def _rotary(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rotary(
+    length: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, head_dim / 2] (Su et al. 2021, arXiv 2104.09864)."""
     steps = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * theta**-steps

@@ -62,7 +62,9 @@ def convert(
         steps = config["proposal_methods"][0]["speculative_tokens"]
         theta = layer.get("rope_theta") or layer["rope_parameters"]["rope_theta"]
         sizes = {name: layer[name] for name in _SIZES}
-        stored = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name not in _SHARED}
+        stored = {
+            name.removeprefix(_PREFIX): t for name, t in tensors.items() if name not in _SHARED
+        }
         ours = {new: stored.pop(old) for old, new in _NAMES.items()}
         for new, parts in _MERGED.items():
             ours[new] = torch.cat([stored.pop(part) for part in parts])
