@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.proposers.heads.heads import config, modules
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, HeadsConfig
-from vllm_specplus.proposers.heads.mtp import MTPHeads
+from vllm_specplus.proposers.heads.mtp import MTPHeads, causal
 
 TOLERANCE = 2e-5  # float32 against float64 through one layer and three depths
 LENGTH = 9
@@ -141,3 +141,24 @@ def test_a_later_token_changes_no_earlier_row() -> None:
         first = 6 - depth
         assert torch.equal(before[depth, :, :first], after[depth, :, :first])
         assert (before[depth, :, first] != after[depth, :, first]).any()
+
+
+def test_rows_may_stand_at_any_position() -> None:
+    """Without a batch dimension, and with another attention, as an engine runs it: rows 5 to 8
+    alone, over the keys of all, are those rows of the whole sequence."""
+    about = config(qk_norm=True)
+    module = MTPHeads(about).stored[0]
+    hidden, embeddings = (x[0, :LENGTH] for x in inputs(about))
+    kept: list[Tensor] = []
+
+    def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept.extend((k, v))
+        return causal(q, k, v)
+
+    def last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat([old[:5], new]) for old, new in zip(kept, (k, v), strict=True))
+        return causal(torch.cat([q.new_zeros(5, *q.shape[1:]), q]), k, v)[5:]
+
+    whole = module(hidden, embeddings, attend=keep)
+    rows = module(hidden[5:], embeddings[5:], torch.arange(5, LENGTH), last_rows)
+    torch.testing.assert_close(rows, whole[5:], atol=TOLERANCE, rtol=TOLERANCE)

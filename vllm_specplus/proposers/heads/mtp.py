@@ -7,12 +7,25 @@ arXiv 2412.19437; one tied module at all depths: FastMTP, Cai et al. 2025, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, HeadsConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q [..., T, num_heads, head_dim] over k and v [..., T, num_kv_heads, head_dim], with
+scores times head_dim**-0.5; the result is shaped like q."""
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each row attends to itself and the rows before it."""
+    q, k, v = (each.transpose(-3, -2) for each in (q, k, v))
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(-3, -2)
 
 
 class RMSNorm(nn.Module):
@@ -30,7 +43,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries and rotary positions 0, 1, 2, ..."""
+    """Attention with grouped queries and rotary positions."""
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
@@ -44,16 +57,15 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, hidden_size]."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x: [..., T, hidden_size]; positions: [..., T]."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = _rotary(x.shape[1], self.head_dim, self.rope_theta, x.device)
+        cos, sin = _rotary(positions, self.head_dim, self.rope_theta)
         q, k = (_rotate(each, cos, sin).to(v.dtype) for each in (q, k))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -67,7 +79,7 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, hidden_size]."""
+        """x: [..., hidden_size]."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.act(gate) * up)
 
@@ -94,15 +106,26 @@ class MTPModule(nn.Module):
         """What `eh_proj` takes: [..., 2 * hidden_size]."""
         return torch.cat([self.enorm(embeddings), self.hnorm(hidden)], dim=-1)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """Both arguments and the result are [B, T, hidden_size]; embeddings as the target scales
-        them."""
+    def forward(
+        self,
+        hidden: Tensor,
+        embeddings: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend = causal,
+    ) -> Tensor:
+        """The module's hidden state, [..., T, hidden_size] like hidden and embeddings.
+
+        embeddings: as the target scales them. positions: integers [..., T], None for 0, 1, 2, ...
+        """
+        if positions is None:
+            positions = torch.arange(hidden.shape[-2], device=hidden.device)
         x = self.eh_proj(self.inputs(hidden, embeddings))
+        attended = self.self_attn(self.input_layernorm(x), positions, attend)
         if self.sandwich_norms:
-            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x)))
+            x = x + self.post_attention_layernorm(attended)
             x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         else:
-            x = x + self.self_attn(self.input_layernorm(x))
+            x = x + attended
             x = x + self.mlp(self.post_attention_layernorm(x))
         return self.final_norm(x)
 
@@ -139,16 +162,14 @@ class MTPHeads(nn.Module):
         return torch.stack(outputs)
 
 
-def _rotary(
-    length: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, head_dim / 2] (Su et al. 2021, arXiv 2104.09864)."""
-    steps = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * theta**-steps
+def _rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., T, 1, head_dim / 2] (Su et al. 2021, arXiv 2104.09864)."""
+    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[..., None, None] * theta**-steps
     return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [B, heads, T, head_dim]; the halves of head_dim are the pairs, as in Llama."""
+    """x: [..., T, heads, head_dim]; the halves of head_dim are the pairs, as in Llama."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
