@@ -43,17 +43,19 @@ class Method:
     native: the name of vLLM's own method, which runs its chains; None if vLLM has none.
     model: whether a path or model id belongs to it.
     default_depth: `num_speculative_tokens` if not given; None if it must be given.
+    heads: whether it drafts with trained heads, which are the path or id.
     """
 
     native: str | None
     model: Literal["required", "optional", "none"]
     default_depth: int | None = None
+    heads: bool = False
 
 
 METHODS: dict[str, Method] = {
     "ngram": Method("ngram", "none"),
-    "mtp": Method("mtp", "optional"),
-    "mtp3": Method(None, "optional"),
+    "mtp": Method("mtp", "optional", heads=True),
+    "mtp3": Method(None, "optional", default_depth=3, heads=True),
     "medusa": Method(None, "required"),
     "eagle": Method("eagle", "required"),
     "eagle3": Method("eagle3", "required"),
@@ -274,6 +276,11 @@ class SpecPlusConfig(BaseModel):
     @property
     def methods(self) -> tuple[MethodSpec, ...]:
         return parse_methods(self.speculative_model)
+
+    @property
+    def method(self) -> str:
+        """The methods' names in alphabetic order: "ngram", "mtp3+ngram"."""
+        return "+".join(sorted(spec.name for spec in self.methods))
 
     @property
     def num_nodes(self) -> int:

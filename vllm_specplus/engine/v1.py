@@ -32,9 +32,12 @@ from vllm_specplus.engine.compat import (
     VllmConfig,
     registered_backend,
 )
+from vllm_specplus.engine.mtp import PagedHeads
 from vllm_specplus.engine.round import Moves, SpecRound, Staged
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.mtp import MtpProposer
 
 _MOST_ROWS_TIMED = 128
 """Beyond these rows drafts never pay on a CPU."""
@@ -46,9 +49,17 @@ class TreeDrafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = vllm_config.additional_config["specplus"]
         self.round = SpecRound(SpecPlusConfig.model_validate(options))
+        self.heads: PagedHeads | None = None
+        self._vllm_config = vllm_config
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """The n-gram proposer has no weights."""
+        """Loads the proposer's heads, if it has some."""
+        proposer = self.round.proposer
+        if isinstance(proposer, MtpProposer):
+            checkpoint = load_heads(proposer.path)
+            self.heads = proposer.model = PagedHeads(
+                checkpoint, target_model, self._vllm_config, self.round.max_depth
+            )
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")
@@ -96,6 +107,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             caches = [layers[name].kv_cache for name in group.layer_names]
             distinct = {cache.data_ptr(): cache for cache in caches}.values()
             self._commit_plans[gid] = KVCommitPlan([v for c in distinct for v in kv_views(c)])
+            if self.drafter.heads is not None:
+                self.drafter.heads.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
     def measure_step_costs(self, repeats: int = 3) -> None:
@@ -227,6 +240,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         self._commit_rows([hidden_states, *(aux_hidden_states or ())], step.moves)
         req_ids = self.input_batch.req_ids
         on_path = step.on_path.tolist()
+        self._absorb(hidden_states, sampled_token_ids)
         requests = []
         for index, (req_id, tree) in enumerate(zip(req_ids, step.trees, strict=True)):
             sampled = bool(sampled_token_ids[index])
@@ -246,6 +260,15 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             for rows in (*hidden_states, self.input_ids.gpu, self.positions):
                 rows[moves.target] = rows[moves.source]
 
+    def _absorb(self, hidden_states: torch.Tensor, sampled_token_ids: list[list[int]]) -> None:
+        """Hands the proposer the hidden states of the positions that are committed now."""
+        starts = self.input_batch.num_computed_tokens_cpu
+        for index, req_id in enumerate(self.input_batch.req_ids):
+            row, end = self.query_start_loc.np[index : index + 2]
+            if sampled_token_ids[index]:
+                end = row + self.input_batch.num_tokens_no_spec[index] - 1 - starts[index]
+            self.round.proposer.absorb(req_id, int(starts[index]), hidden_states[row:end])
+
     def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
         """Bounds of a request's next draft; none for prompt chunks and for thinking budgets, which
         vLLM applies to the root only."""
@@ -264,6 +287,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             max_depth=max_depth,
             max_nodes=min(room, self.num_spec_tokens),
             chain_only=params.structured_outputs is not None,
+            index=index,
+            num_slots=0 if self.drafter.heads is None else self.drafter.heads.num_slots(index),
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:

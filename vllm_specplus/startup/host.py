@@ -22,6 +22,8 @@ SUPPORTED = ">=0.32,<0.34"
 _OLDEST, _TOO_NEW = (0, 32), (0, 34)
 
 
+_MODULE_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+
 HOST_METHODS: dict[str, str] = {
     "CPUWorker.init_device": "",
     "CPUWorker.compile_or_warm_up_model": "",
@@ -87,7 +89,7 @@ class Engine:
 
     method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
     paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
-    static_trees: whether it takes them.
+    static_trees: whether it takes them. methods: `SpecPlusConfig.method` of what it drafts with.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Engine:
     compat: tuple[str, ...]
     hooks: dict[str, str]
     static_trees: bool
+    methods: tuple[str, ...]
 
 
 CPU_ENGINE = Engine(
@@ -107,6 +110,7 @@ CPU_ENGINE = Engine(
     compat=("compat.py",),
     hooks=HOST_METHODS,
     static_trees=True,
+    methods=("ngram", "mtp", "mtp3", "mtp+ngram", "mtp3+ngram"),
 )
 V2_ENGINE = Engine(
     name="cpu-v2",
@@ -116,6 +120,7 @@ V2_ENGINE = Engine(
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
     static_trees=False,
+    methods=("ngram",),
 )
 
 
@@ -146,6 +151,15 @@ def native_rules() -> tuple[str, ...]:
     from vllm.config.speculative import RejectionSampleMethod
 
     return get_args(RejectionSampleMethod)
+
+
+def num_mtp_modules(model: str) -> int:
+    """MTP modules in the model's own checkpoint, as its config.json counts them."""
+    from transformers import PretrainedConfig
+
+    fields, _ = PretrainedConfig.get_config_dict(model)
+    fields |= fields.get("text_config") or {}
+    return max(fields.get(name) or 0 for name in _MODULE_COUNTS)
 
 
 def check_version(version: str | None) -> None:

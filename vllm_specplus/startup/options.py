@@ -19,7 +19,13 @@ from vllm_specplus.config import (
     parse_tree,
 )
 from vllm_specplus.errors import OptionError, bad_option, not_built
-from vllm_specplus.startup.host import native_methods, native_rules, tree_engine
+from vllm_specplus.startup.host import (
+    Engine,
+    native_methods,
+    native_rules,
+    num_mtp_modules,
+    tree_engine,
+)
 
 Need = Literal["checks", "trees"]
 """Groups of patches that translated arguments need; stock arguments and most chains need none."""
@@ -125,12 +131,12 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
     config, others = read(result["speculative_config"])
-    native = [METHODS[spec.name].native for spec in config.methods]
-    if isinstance(config.tree, Chain) and len(native) == 1 and native[0]:
-        result["speculative_config"] = native_config(config) | others
+    native = _native_method(config, str(result.get("model")))
+    if native is not None:
+        result["speculative_config"] = native_config(config, native) | others
         return result, () if config.verify == "auto" else ("checks",)
-    _check_built(config, others)
     engine = tree_engine()
+    _check_built(config, others, engine)
     if isinstance(config.tree, StaticTree) and not engine.static_trees:
         raise not_built(
             "speculative_tree",
@@ -147,6 +153,29 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     additional = dict(result.get("additional_config") or {})
     _set(additional, "specplus", config.model_dump(mode="json"), unset=None)
     return result | {"additional_config": additional}, for_trees
+
+
+def _native_method(config: SpecPlusConfig, model: str) -> str | None:
+    """vLLM's own method if it runs what is asked for: a chain, without heads of ours.
+
+    Raises OptionError for MTP without heads on a model without modules of its own.
+    """
+    chain = isinstance(config.tree, Chain) and len(config.methods) == 1
+    for spec in config.methods:
+        if not METHODS[spec.name].heads:
+            continue
+        if spec.model is not None:
+            return None
+        if chain and num_mtp_modules(model):
+            return METHODS["mtp"].native
+        raise bad_option(
+            "speculative_model",
+            config.speculative_model,
+            f"with speculative_tree={str(config.tree)!r} needs heads for {model!r}",
+            f"train them with `vllm-specplus train mtp3 --model {model} --prompts FILE --out DIR` "
+            f"and write '{config.speculative_model}DIR'",
+        )
+    return METHODS[config.methods[0].name].native if chain else None
 
 
 def _set(arguments: dict[str, Any], name: str, value: Any, unset: Any) -> None:
@@ -188,11 +217,11 @@ def _local_path(model: Any) -> Any:
     return str(path) if model.startswith("~") else model
 
 
-def native_config(config: SpecPlusConfig) -> dict[str, Any]:
+def native_config(config: SpecPlusConfig, method: str) -> dict[str, Any]:
     """vLLM's own speculative_config for a chain of one of its methods."""
     (spec,) = config.methods
     native: dict[str, Any] = {
-        "method": METHODS[spec.name].native,
+        "method": method,
         "num_speculative_tokens": config.num_speculative_tokens,
     }
     if spec.model is not None:
@@ -217,18 +246,18 @@ def _native_rule(verify: str) -> str:
     return _NATIVE_RULES[verify]
 
 
-def _check_built(config: SpecPlusConfig, others: Mapping[str, Any]) -> None:
+def _check_built(config: SpecPlusConfig, others: Mapping[str, Any], engine: Engine) -> None:
     """Raises for what our engines do not have."""
-    from vllm_specplus.proposers.registry import PROPOSERS  # imports all of them
-
-    names = [spec.name for spec in config.methods]
     chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
-    trees = ", ".join(f"[{name}]" for name in PROPOSERS)
-    if isinstance(config.tree, Chain) or len(names) > 1 or names[0] not in PROPOSERS:
+    trees = ", ".join(f"[{name}]" for name in engine.methods)
+    heads = any(METHODS[spec.name].heads for spec in config.methods)
+    chain = isinstance(config.tree, Chain) and not heads
+    if chain or config.method not in engine.methods:
         raise not_built(
             "speculative_model",
             config.speculative_model,
-            f"with speculative_tree={str(config.tree)!r} is not available yet",
+            f"with speculative_tree={str(config.tree)!r} is not available in the engine "
+            f"{engine.name}",
             f"there are chains of {chains}, and static and dynamic trees of {trees}",
         )
     if config.verify not in TREE_RULES:

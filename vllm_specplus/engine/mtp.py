@@ -1,0 +1,142 @@
+"""MTP modules over vLLM's paged KV cache: what runs a level of drafts on the CPU engine.
+
+A module's attention is a layer of vLLM's own, so that its keys and values lie in blocks of the
+target's block tables and are cached, freed and preempted with them. The rest is plain torch, whole
+on every rank of a tensor parallel group: drafting needs no communication between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from specplus_kernels.tree_attention import tree_attention
+
+from vllm_specplus.core.tree import WORD_BITS
+from vllm_specplus.engine.attention import kv_views
+from vllm_specplus.engine.compat import Attention, VllmConfig, VocabParallelEmbedding
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits
+from vllm_specplus.proposers.heads.mtp import MTPModule
+from vllm_specplus.proposers.levels import RequestRows
+
+
+class PagedHeads:
+    """A heads checkpoint beside its target: `DraftModel` on vLLM's V1 runner."""
+
+    def __init__(
+        self, checkpoint: HeadsCheckpoint, target: Any, vllm_config: VllmConfig, num_levels: int
+    ) -> None:
+        config, model = checkpoint.config, vllm_config.model_config
+        check_fits(checkpoint, model.get_hidden_size(), model.get_vocab_size())
+        self.num_levels = num_levels
+        self.hidden_state_from = config.hidden_state_from
+        self._block_tables: dict[str, Any] = {}
+        self._embed_scale = config.embed_scale
+        self._draft_vocab = checkpoint.draft_vocab
+        modules = [
+            MTPModule(config).to(model.dtype).eval() for _ in range(min(num_levels, config.num_stored))
+        ]
+        for depth, module in enumerate(modules):
+            module.load_state_dict(checkpoint.module(depth))
+        self._modules = [modules[min(depth, len(modules) - 1)] for depth in range(num_levels)]
+        first = model.get_total_num_hidden_layers()
+        self.layers = [
+            Attention(
+                config.num_attention_heads,
+                config.head_dim,
+                config.head_dim**-0.5,
+                config.num_key_value_heads,
+                prefix=f"specplus.mtp.{first + depth}.attn",
+            )
+            for depth in range(num_levels)
+        ]
+        self._share(target, model.get_vocab_size())
+
+    def _share(self, target: Any, vocab_size: int) -> None:
+        """Takes the target's embedding and the rows of its head that drafts are chosen from."""
+        if hasattr(target, "get_language_model"):
+            target = target.get_language_model()
+        embedding, head = target.model.embed_tokens, target.lm_head
+        self._embedding = _rows(embedding, torch.arange(vocab_size), copy=False)
+        if self._draft_vocab is None:
+            self._draft_vocab = torch.arange(vocab_size)
+        self._head = _rows(head, self._draft_vocab, copy=True)
+
+    def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
+        """Tells the runner's block table of a KV cache group."""
+        self._block_tables |= dict.fromkeys(layer_names, block_table)
+
+    def num_slots(self, index: int) -> int:
+        """KV slots of row `index` of the batch in the modules' layers."""
+        tables = [self._block_tables[layer.layer_name] for layer in self.layers]
+        return min(int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
+
+    def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
+        """See `DraftModel`."""
+        tokens = torch.tensor([token for rows in requests for token in rows.tokens])
+        layer = self.layers[level]
+        return self._modules[level](
+            torch.cat([rows.hidden_states for rows in requests]),
+            F.embedding(tokens, self._embedding) * self._embed_scale,
+            torch.cat([rows.positions() for rows in requests]),
+            _PagedAttention(layer, self._block_tables[layer.layer_name], requests),
+        )
+
+    def best_tokens(self, hidden_states: torch.Tensor, num: int) -> list[dict[int, float]]:
+        """See `DraftModel`."""
+        assert self._draft_vocab is not None
+        logits = F.linear(hidden_states, self._head).float()
+        best, index = logits.topk(min(num, logits.shape[1]))
+        weights = torch.exp(logits - best[:, :1])
+        probs = torch.exp(best - best[:, :1]) / weights.sum(1, keepdim=True)
+        tokens = self._draft_vocab[index].tolist()
+        return [
+            {token: prob for token, prob in zip(*row, strict=True) if prob > 0}
+            for row in zip(tokens, probs.tolist(), strict=True)
+        ]
+
+
+class _PagedAttention:
+    """`attend` for a level: writes the rows' keys and values, then attends to all before them."""
+
+    def __init__(self, layer: Any, block_table: Any, requests: Sequence[RequestRows]) -> None:
+        self.layer = layer
+        lengths = [len(rows) for rows in requests]
+        words = -(-max(lengths) // WORD_BITS)
+        table = block_table.block_table.cpu[[rows.index for rows in requests]]
+        slots = torch.cat([torch.arange(rows.start, rows.start + len(rows)) for rows in requests])
+        owners = torch.arange(len(requests)).repeat_interleave(torch.tensor(lengths))
+        size = block_table.block_size
+        self.slot_mapping = table[owners, slots // size].long() * size + slots % size
+        self.block_table, self.positions = table, slots
+        self.query_start_loc = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        self.context_lens = torch.tensor([rows.start for rows in requests], dtype=torch.int32)
+        self.ancestor_mask = torch.cat([rows.visible(words) for rows in requests])
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """query: [num_rows, num_heads, head_dim]; key, value: [num_rows, num_kv_heads, head_dim]."""
+        layer = self.layer
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, self.slot_mapping)
+        return tree_attention(
+            query,
+            *kv_views(layer.kv_cache),
+            self.block_table,
+            self.query_start_loc,
+            self.context_lens,
+            self.ancestor_mask,
+            self.positions,
+            scale=layer.impl.scale,
+            out=torch.empty_like(query),
+        )
+
+
+def _rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:
+    """Rows of an embedding or of a head, [num_tokens, hidden_size], gathered from all ranks."""
+    if layer.tp_size == 1 and not copy:
+        return layer.weight[: len(token_ids)]
+    return VocabParallelEmbedding.forward(layer, token_ids)
