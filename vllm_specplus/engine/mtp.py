@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from specplus_kernels.tree_attention import tree_attention
 
-from vllm_specplus.core.tree import WORD_BITS
 from vllm_specplus.engine.attention import kv_views
 from vllm_specplus.engine.compat import Attention, VllmConfig, VocabParallelEmbedding
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits
@@ -104,17 +104,19 @@ class _PagedAttention:
 
     def __init__(self, layer: Any, block_table: Any, requests: Sequence[RequestRows]) -> None:
         self.layer = layer
-        lengths = [len(rows) for rows in requests]
-        words = -(-max(lengths) // WORD_BITS)
-        table = block_table.block_table.cpu[[rows.index for rows in requests]]
-        slots = torch.cat([torch.arange(rows.start, rows.start + len(rows)) for rows in requests])
-        owners = torch.arange(len(requests)).repeat_interleave(torch.tensor(lengths))
-        size = block_table.block_size
-        self.slot_mapping = table[owners, slots // size].long() * size + slots % size
-        self.block_table, self.positions = table, slots
+        windows = [(rows.index, window) for rows in requests for window in rows.windows()]
+        lengths = [len(window.masks) for _, window in windows]
+        owners = torch.arange(len(windows)).repeat_interleave(torch.tensor(lengths))
+        self.block_table = block_table.block_table.cpu[[index for index, _ in windows]]
         self.query_start_loc = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        self.context_lens = torch.tensor([rows.start for rows in requests], dtype=torch.int32)
-        self.ancestor_mask = torch.cat([rows.visible(words) for rows in requests])
+        self.context_lens = torch.tensor([w.context_len for _, w in windows], dtype=torch.int32)
+        masks = np.array([mask for _, window in windows for mask in window.masks], np.uint64)
+        self.ancestor_mask = torch.from_numpy(masks.view(np.int64))[:, None]
+        rows = torch.arange(len(owners))
+        self.slots = rows - self.query_start_loc[owners] + self.context_lens[owners]
+        size = block_table.block_size
+        blocks = self.block_table[owners, self.slots // size].long()
+        self.slot_mapping = blocks * size + self.slots % size
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -129,7 +131,7 @@ class _PagedAttention:
             self.query_start_loc,
             self.context_lens,
             self.ancestor_mask,
-            self.positions,
+            self.slots,
             scale=layer.impl.scale,
             out=torch.empty_like(query),
         )

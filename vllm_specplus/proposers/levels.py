@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -38,29 +38,32 @@ class RequestRows:
         nodes = torch.tensor(self.depths, dtype=torch.int64) + (end - 1)
         return torch.cat([torch.arange(self.start, end), nodes])
 
-    def visible(self, words: int) -> torch.Tensor:
-        """Bitmask over the request's rows, int64 [num_rows, words]: causal, and along the draft."""
-        known = self.num_known
-        masks = leading_bits(torch.arange(1, len(self) + 1).clamp(max=known), words)
-        paths: list[int] = []
-        for node, parent in enumerate(self.parents):
-            row = known + node
-            paths.append((paths[parent] if parent >= 0 else 0) | 1 << row)
-            for word in range(known // WORD_BITS, words):
-                masks[row, word] |= _signed(paths[node] >> WORD_BITS * word)
-        return masks
+    def windows(self) -> Iterator[Window]:
+        """The rows in runs that one ancestor word covers: committed ones are causal, nodes see
+        all committed rows and their own path."""
+        for first in range(0, self.num_known, WORD_BITS):
+            length = min(WORD_BITS, self.num_known - first)
+            yield Window(self.start + first, [(2 << row) - 1 for row in range(length)])
+        if self.parents:
+            paths: list[int] = []
+            for node, parent in enumerate(self.parents):
+                paths.append((paths[parent] if parent >= 0 else 0) | 1 << node)
+            yield Window(self.start + self.num_known, paths)
 
 
-def leading_bits(counts: torch.Tensor, words: int) -> torch.Tensor:
-    """int64 [num_rows, words] with the first `counts[i]` bits of row i set."""
-    bits = (counts[:, None] - WORD_BITS * torch.arange(words)).clamp(0, WORD_BITS)
-    return torch.where(bits == WORD_BITS, -1, (1 << bits % WORD_BITS) - 1)
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows that lie side by side in KV slots `context_len`, `context_len + 1`, ...
+
+    A row sees all slots before these, and the row of each set bit in its word of `masks`.
+    """
+
+    context_len: int
+    masks: Sequence[int]
 
 
-def _signed(word: int) -> int:
-    """The low 64 bits as int64."""
-    word &= (1 << WORD_BITS) - 1
-    return word - (1 << WORD_BITS) if word >> WORD_BITS - 1 else word
+MAX_NODES = WORD_BITS
+"""Nodes that a level can run for one request."""
 
 
 class DraftModel(Protocol):

@@ -25,7 +25,7 @@ from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
-from vllm_specplus.proposers.levels import DraftModel, RequestRows
+from vllm_specplus.proposers.levels import MAX_NODES, DraftModel, RequestRows
 from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
 
@@ -158,7 +158,7 @@ class _Draft:
         """Takes what follows each node of the frontier, and picks the next one."""
         self._drafted.update(zip(self.frontier, children, strict=True))
         depth, newest = level + 1, len(self.request.token_ids) - level - 2
-        room = self.request.num_slots - newest
+        room = min(self.request.num_slots - newest, MAX_NODES)
         self.frontier, nodes = [], dict[Path, None]()
         for path in self.grow(depth).paths():
             if len(path) == depth and len(self.frontier) < MAX_FRONTIER:
