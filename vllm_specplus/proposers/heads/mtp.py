@@ -146,6 +146,12 @@ class MTPHeads(nn.Module):
             module.load_state_dict(checkpoint.module(number))
         return heads
 
+    def at(self, depth: int) -> MTPModule:
+        """The module of a depth, from 0; past the last it is the last."""
+        module = self.stored[min(depth, len(self.stored) - 1)]
+        assert isinstance(module, MTPModule)
+        return module
+
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Hidden states [num_modules, B, T, hidden_size]: row t of depth k predicts token t+k+2.
 
@@ -155,9 +161,8 @@ class MTPHeads(nn.Module):
         """
         outputs, previous = [], hidden
         for depth in range(self.config.num_modules):
-            module = self.stored[min(depth, len(self.stored) - 1)]
             source = previous if self.config.hidden_state_from == "previous" else hidden
-            previous = module(source, embeddings[:, depth : depth + hidden.shape[1]])
+            previous = self.at(depth)(source, embeddings[:, depth : depth + hidden.shape[1]])
             outputs.append(previous)
         return torch.stack(outputs)
 

@@ -1,0 +1,53 @@
+"""How often drafts are right on held-out text, and what chains and trees make of it.
+
+Ranks are taken on greedy text of the target with the right tokens before each draft. A draft of
+depth k counts only where all before it were right, so this is what a greedy engine accepts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOP = (1, 2, 4)
+TREE_SIZES = (4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """rank: int64 [num_depths, num_rounds], place of the right token among the drafts, from 0, in a
+    round whose root has a known token after it at every depth; kinds: of each round."""
+
+    rank: Tensor
+    kinds: tuple[str, ...]
+
+    def of(self, kind: str) -> Ranks:
+        """The rounds of one kind."""
+        chosen = torch.tensor([each == kind for each in self.kinds])
+        return Ranks(self.rank[:, chosen], (kind,) * int(chosen.sum()))
+
+    def top(self, num: int) -> list[float]:
+        """Per depth the share of rounds whose right token is among the first `num` drafts."""
+        return [float(row) for row in (self.rank < num).double().mean(1)]
+
+    def chain(self) -> float:
+        """Drafts accepted a round by a chain of the first drafts."""
+        return float((self.rank == 0).double().cumprod(0).sum(0).mean())
+
+    def tree(self, num_nodes: int) -> float:
+        """Drafts accepted a round by the best static tree, chosen on every other round and counted
+        on the rest (Medusa's construction: Cai et al. 2024, arXiv 2401.10774)."""
+        counts = Counter(
+            path for ranks in self.rank[:, ::2].T.tolist() for path in _prefixes(ranks)
+        )
+        nodes = {path for path, _ in counts.most_common(num_nodes)}
+        rounds = self.rank[:, 1::2].T.tolist()
+        hits = [sum(path in nodes for path in _prefixes(ranks)) for ranks in rounds]
+        return sum(hits) / max(1, len(hits))
+
+
+def _prefixes(ranks: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(ranks[: depth + 1]) for depth in range(len(ranks))]
