@@ -15,11 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from specplus_kernels.tree_attention import tree_attention
+from torch import nn
 
 from vllm_specplus.engine.attention import kv_views
-from vllm_specplus.engine.compat import Attention, VllmConfig, VocabParallelEmbedding
+from vllm_specplus.engine.compat import (
+    Attention,
+    VllmConfig,
+    VocabParallelEmbedding,
+    dispatch_cpu_unquantized_gemm,
+)
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits
-from vllm_specplus.proposers.heads.mtp import MTPModule
+from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.levels import RequestRows
 
 
@@ -36,12 +42,9 @@ class PagedHeads:
         self._block_tables: dict[str, Any] = {}
         self._embed_scale = config.embed_scale
         self._draft_vocab = checkpoint.draft_vocab
-        modules = [
-            MTPModule(config).to(model.dtype).eval() for _ in range(min(num_levels, config.num_stored))
-        ]
-        for depth, module in enumerate(modules):
-            module.load_state_dict(checkpoint.module(depth))
-        self._modules = [modules[min(depth, len(modules) - 1)] for depth in range(num_levels)]
+        heads = MTPHeads.from_checkpoint(checkpoint).to(model.dtype)
+        self._modules = [heads.at(depth) for depth in range(num_levels)]
+        pack_linear_layers(heads)
         first = model.get_total_num_hidden_layers()
         self.layers = [
             Attention(
@@ -63,7 +66,7 @@ class PagedHeads:
         self._embedding = _rows(embedding, torch.arange(vocab_size), copy=False)
         if self._draft_vocab is None:
             self._draft_vocab = torch.arange(vocab_size)
-        self._head = _rows(head, self._draft_vocab, copy=True)
+        self._head = PackedLinear(_rows(head, self._draft_vocab, copy=True))
 
     def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
         """Tells the runner's block table of a KV cache group."""
@@ -88,7 +91,7 @@ class PagedHeads:
     def best_tokens(self, hidden_states: torch.Tensor, num: int) -> list[dict[int, float]]:
         """See `DraftModel`."""
         assert self._draft_vocab is not None
-        logits = F.linear(hidden_states, self._head).float()
+        logits = self._head(hidden_states).float()
         best, index = logits.topk(min(num, logits.shape[1]))
         weights = torch.exp(logits - best[:, :1])
         probs = torch.exp(best - best[:, :1]) / weights.sum(1, keepdim=True)
@@ -135,6 +138,27 @@ class _PagedAttention:
             scale=layer.impl.scale,
             out=torch.empty_like(query),
         )
+
+
+class PackedLinear(nn.Module):
+    """x @ weight.T + bias, with the weight in the layout that vLLM's own linear layers have."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_rows, in_features]."""
+        return self.cpu_linear(x, self.weight, self.bias)
+
+
+def pack_linear_layers(module: nn.Module) -> None:
+    """Puts a PackedLinear in the place of every linear layer."""
+    for parent in list(module.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, PackedLinear(layer.weight, layer.bias))
 
 
 def _rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:

@@ -123,8 +123,8 @@ class SpecRound:
         """
         least = self.budget.min_probs([request.req_id for request in requests])
         asked = [
-            replace(request, min_prob=prob)
-            for request, prob in zip(requests, least, strict=True)
+            replace(request, min_prob=prob, token_ms=ms)
+            for request, prob, ms in zip(requests, least, self.budget.token_ms(), strict=True)
             if prob < 1 and min(request.max_nodes, request.max_depth) > 0
         ]
         drafts = dict(zip((r.req_id for r in asked), self.proposer.propose(asked), strict=True))

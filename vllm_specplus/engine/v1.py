@@ -248,7 +248,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 rows = [row for row, accepted in enumerate(on_path[index]) if accepted and row]
                 self.round.observe(req_id, tree, rows)
             requests.append(self._draft_request(index, req_id, sampled))
-        drafts = self.round.propose(requests, self._clock.row_ms(step.way))
+        with self._clock.drafting():
+            drafts = self.round.propose(requests, self._clock.row_ms(step.way))
         decoding = bool(step.staged.is_tree.all())
         num_rows = scheduler_output.total_num_scheduled_tokens if decoding else None
         self._clock.stop(num_rows, drafted=bool(self._drafts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ class DraftRequest:
     max_depth, max_nodes: bounds for this request in this step (length limits included).
     chain_only: its candidates will be cut to a chain (structured output).
     min_prob: nodes less probable than this cannot pay in this step and need not be proposed.
+    token_ms: what an accepted token is worth, in milliseconds of the engine's time.
     index: the request's row in the engine's batch. num_slots: KV slots that it owns, from its first
     position on; drafting may write those behind the committed ones.
     """
@@ -33,6 +35,7 @@ class DraftRequest:
     max_nodes: int
     chain_only: bool = False
     min_prob: float = 0.0
+    token_ms: float = inf
     index: int = 0
     num_slots: int = 0
 

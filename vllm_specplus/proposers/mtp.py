@@ -15,6 +15,7 @@ agreement are worth is learned online.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, log, log2
@@ -25,6 +26,7 @@ from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
+from vllm_specplus.proposers.level_gate import LevelGate, Prospect
 from vllm_specplus.proposers.levels import MAX_NODES, DraftModel, RequestRows
 from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
@@ -81,7 +83,8 @@ class _Draft:
     ) -> None:
         self.request, self.state = request, state
         self.nodes: list[Path] = []
-        self.frontier: list[Path] = [()]
+        self.level_tokens = 0.0
+        self.frontier: dict[Path, float] = {(): 1.0}
         self._cells, self._votes, self._paths, self._chained = cells, votes, paths, chained
         self._drafted: dict[Path, dict[int, float]] = {}
         self._matched: dict[Path, dict[int, float]] = {}
@@ -159,14 +162,27 @@ class _Draft:
         self._drafted.update(zip(self.frontier, children, strict=True))
         depth, newest = level + 1, len(self.request.token_ids) - level - 2
         room = min(self.request.num_slots - newest, MAX_NODES)
-        self.frontier, nodes = [], dict[Path, None]()
-        for path in self.grow(depth).paths():
-            if len(path) == depth and len(self.frontier) < MAX_FRONTIER:
+        self.frontier, self.level_tokens, nodes = {}, 0.0, dict[Path, None]()
+        grown = self.grow(depth)
+        for path, prob in zip(grown.paths(), grown.probs, strict=True):
+            if len(path) < depth:
+                continue
+            self.level_tokens += prob
+            if len(self.frontier) < MAX_FRONTIER:
                 missing = [path[:d] for d in range(1, depth + 1) if path[:d] not in nodes]
                 if len(nodes) + len(missing) <= room:
-                    self.frontier.append(path)
+                    self.frontier[path] = prob
                     nodes.update(dict.fromkeys(missing))
         self.nodes = list(nodes)
+
+    def prospect(self) -> Prospect:
+        """What the next level may bring."""
+        request, known = self.request, 0.0
+        for path, prob in self.frontier.items():
+            matches = (p * prob for p in self._matches(path).values())
+            known += sum(p for p in matches if p >= request.min_prob)
+        most = max(known, sum(self.frontier.values()))
+        return Prospect(known, most, request.min_prob, request.token_ms)
 
     def grow(self, max_depth: int) -> Candidates:
         """The best nodes down to a depth."""
@@ -191,6 +207,7 @@ class MtpProposer(Proposer):
         self.path = next(path for name, path in models.items() if name != "ngram")
         self._ngrams = NgramProposer(config) if "ngram" in models else None
         self._cells = SourceCells()
+        self._gate = LevelGate(config.num_speculative_tokens)
         self._requests: dict[str, _Request] = {}
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
@@ -210,8 +227,8 @@ class MtpProposer(Proposer):
         drafts = [self._open(request) for request in requests]
         for level in range(self.model.num_levels):
             going = [draft for draft in drafts if draft.wants(level)]
-            if going:
-                self._draft_level(level, going)
+            if not going or not self._draft_level(level, going):
+                break
         return [draft.grow(self.config.num_speculative_tokens) for draft in drafts]
 
     def forget(self, req_id: str) -> None:
@@ -230,7 +247,11 @@ class MtpProposer(Proposer):
         votes = None if self._ngrams is None else self._ngrams.votes(request)
         return _Draft(request, state, self._cells, votes, self.paths(request), self._chained)
 
-    def _draft_level(self, level: int, drafts: Sequence[_Draft]) -> None:
+    def _draft_level(self, level: int, drafts: Sequence[_Draft]) -> bool:
+        """Adds a level to the drafts, unless it is not worth its time."""
+        began, prospects = time.perf_counter(), [draft.prospect() for draft in drafts]
+        if not self._gate.opens(level, prospects):
+            return False
         rows = [draft.rows(level) for draft in drafts]
         hidden_states = self.model.forward(level, rows).split([len(each) for each in rows])
         frontiers = [
@@ -240,3 +261,6 @@ class MtpProposer(Proposer):
         children = iter(self.model.best_tokens(torch.cat(frontiers), NUM_CHILDREN))
         for draft, frontier in zip(drafts, frontiers, strict=True):
             draft.branch(level, [next(children) for _ in frontier])
+        tokens = [draft.level_tokens for draft in drafts]
+        self._gate.observe(level, prospects, tokens, 1e3 * (time.perf_counter() - began))
+        return True
