@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from tests.engine.engines import model_path
 from tests.engine.models import VOCAB_SIZE
+from tests.train.tiny import corpus_of, load_teacher, on_itself, trainer_of, write_samples
 from vllm_specplus.proposers.heads.checkpoint import HeadsConfig, save_heads
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 
@@ -57,3 +59,16 @@ def save(heads: MTPHeads) -> str:
 @cache
 def random_path(**fields: Any) -> str:
     return save(random_heads(tiny_config(**fields)))
+
+
+@cache
+def fitted(model: str, **fields: Any) -> tuple[str, list[list[int]]]:
+    """Heads that know eight greedy texts of a model by heart, and these texts."""
+    teacher = load_teacher(model_path(model))
+    samples = write_samples(teacher, num=8, length=40)
+    folder = Path(mkdtemp(prefix=f"specplus-fitted-{model}-"))
+    corpus = corpus_of(on_itself(samples), teacher, folder)
+    trainer = trainer_of(corpus, folder, fields, learning_rate=1e-2, max_tokens=250 * 8 * 40)
+    trainer.run()
+    trainer.heads.save(folder / "heads", None, {})
+    return str(folder / "heads"), [sample.token_ids for sample in samples]
