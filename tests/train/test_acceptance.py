@@ -1,6 +1,6 @@
 """What ranks make of chains and trees, counted by walking each round.
 
-Sabotages that were caught: conditional instead of joint chain acceptance, ranks up to and with the
+Sabotages that were caught: marginal instead of joint chain acceptance, ranks up to and with the
 number asked for, tree nodes chosen on the rounds that they are counted on, paths without their
 first ranks.
 """

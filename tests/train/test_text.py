@@ -48,8 +48,11 @@ def test_folder(tmp_path: Path) -> None:
     _jsonl(tmp_path / "b/p.jsonl")
     (tmp_path / "a.py").write_text("x" * PIECE_CHARS + "y = 1")
     (tmp_path / "README").write_text("  \n")
+    for name in "zqmwkdc":
+        (tmp_path / f"{name}.txt").write_text(name)
     prompts = read_prompts(tmp_path)
-    assert [p.kind for p in prompts] == ["py", "py", "math", "text", "code"]
+    assert [p.kind for p in prompts] == ["py", "py", "math", "text", "code", *["txt"] * 7]
+    assert "".join(p.text for p in prompts[5:]) == "cdkmqwz"
     assert prompts[1].text == "y = 1" and prompts[0].source == prompts[1].source
 
 

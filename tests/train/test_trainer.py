@@ -3,7 +3,8 @@
 Sabotages that were caught: the teacher's distribution one step off, the embeddings one step off,
 depth weights left out, rows beyond a sample in the loss, the optimizer's state or the step not
 restored, a random generator that goes on instead of starting from (seed, step), ranks counted with
-NaN as a good draft, rounds that begin in the prompt, the place of a token taken for its id.
+NaN as a good draft, rounds that begin in the prompt, a token's own row missing among the sampled
+ones, a warm-up of half the run, an infinite loss let pass, a state over other text taken.
 """
 
 from __future__ import annotations

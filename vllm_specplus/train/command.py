@@ -42,7 +42,7 @@ class TrainOptions:
     text_tokens: int = 1_000_000
     prompt_tokens: int = 64
     new_tokens: int = 192
-    held_out: float = 0.05
+    held_out: float = 0.1
     chat: bool = False
     draft_vocab: int = 32_768
     tied: bool = True
