@@ -66,7 +66,9 @@ def test_all_features_in_one_batch(tree, schedule):
 def test_the_prefix_cache_holds_and_aborts_leave_the_others_alone(tree):
     first = requests("greedy", 4, max_tokens=120, ignore_eos=True)
     drafting = engine(tree=tree, prefix_cache_retention_interval=None)
-    outputs = drafting.run([replace(r, abort_at=9 if i == 2 else None) for i, r in enumerate(first)])
+    outputs = drafting.run(
+        [replace(r, abort_at=9 if i == 2 else None) for i, r in enumerate(first)]
+    )
     plain = reference("llama", first)
     kept = [0, 1, 3]
     assert_equal([outputs[i] for i in kept], [plain[i] for i in kept])
@@ -91,7 +93,8 @@ def test_requests_run_to_the_longest_length(tree, method):
 def watch_drafts(monkeypatch):
     """(tokens so far, path, {token: probability}) of everything that is drafted, and the target's
     hidden states by position."""
-    drafted, hidden_states = [], {}
+    drafted: list[tuple[list[int], mtp.Path, dict[int, float]]] = []
+    hidden_states: dict[int, torch.Tensor] = {}
     branch, absorb = mtp._Draft.branch, mtp.MtpProposer.absorb
 
     def branching(self, level, children):

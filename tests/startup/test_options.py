@@ -25,6 +25,7 @@ TREE = {
     "speculative_tree": "dynamic:12",
     "ngram_prompt_lookup_max": 4,
 }
+TREE_OF_HEADS = {"num_speculative_tokens": 3, "speculative_tree": "dynamic:8"}
 TREE_KEYS = {
     "method": "ngram",
     "num_speculative_tokens": 5,
@@ -126,7 +127,6 @@ def test_translated_arguments_stay_as_they_are(model: str) -> None:
             {"speculative_model": "[ngram]", "ngram_prompt_lookup_max": 4},
             {"method": "ngram", "prompt_lookup_max": 4},
         ),
-        ({"speculative_model": "[mtp]", "speculative_tree": "chain"}, {"method": "mtp"}),
         ({"speculative_model": "[suffix]"}, {"method": "suffix"}),
     ],
 )
@@ -137,6 +137,32 @@ def test_chains_of_vllm_are_left_to_vllm(
     for spelled in (by_keywords, by_flags):
         given = outcome(spelled(model, num_speculative_tokens=5, **arguments))
         assert given == (native | {"num_speculative_tokens": 5}, *stock[1:])
+
+
+@pytest.mark.parametrize("count", host.MODULE_COUNTS)
+@pytest.mark.parametrize("method", ["mtp", "mtp3"])
+def test_chains_of_the_models_own_modules_are_left_to_vllm(
+    method: str, count: str, tmp_path: Path
+) -> None:
+    model = write_config(tmp_path, LLAMA | {count: 1})
+    arguments = by_keywords(model, speculative_model=f"[{method}]", num_speculative_tokens=2)
+    assert arguments.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
+    with pytest.raises(OptionError, match="needs heads"):
+        by_keywords(model, **TREE_OF_HEADS, speculative_model=f"[{method}]")
+
+
+@pytest.mark.parametrize("tree", ["chain", "dynamic:12"])
+@pytest.mark.parametrize("method", ["mtp", "mtp3", "mtp3+ngram"])
+def test_heads_go_to_our_engine(method: str, tree: str, model: str, tmp_path: Path) -> None:
+    arguments = by_keywords(
+        model,
+        speculative_model=f"[{method}]{tmp_path}",
+        num_speculative_tokens=3,
+        speculative_tree=tree,
+    )
+    config = SpecPlusConfig.model_validate(arguments.additional_config["specplus"])
+    assert (config.method, config.num_speculative_tokens) == (method, 3)
+    assert str(config.tree) == tree
 
 
 def test_keys_of_vllm_are_handed_on_for_a_chain(model: str) -> None:
@@ -176,12 +202,18 @@ def test_stock_arguments_are_not_touched(arguments: dict[str, Any]) -> None:
         (OptionError, {**TREE, "speculative_config": {"model": "x"}}, "none of its methods"),
         (OptionError, {**TREE, "worker_cls": "a.B"}, "worker_cls='a.B' takes the place"),
         (OptionError, {**TREE, "speculative_config": {"quantization": "fp8"}}, "no meaning for a"),
-        (NotBuiltError, {"speculative_model": "[mtp3]"}, "static and dynamic trees of [ngram]"),
+        (OptionError, {"speculative_model": "[mtp3]"}, "needs heads for"),
+        (OptionError, {"speculative_model": "[mtp]"}, "vllm-specplus train mtp3 --model "),
+        (
+            OptionError,
+            {**TREE, "speculative_model": "[ngram+mtp3]"},
+            "--prompts FILE --out DIR` and",
+        ),
+        (OptionError, {"speculative_config": {"method": "mtp3"}}, "and write '[mtp3]DIR'"),
         (NotBuiltError, {"speculative_model": "[medusa]org/m"}, "chains of [ngram], [mtp]"),
-        (NotBuiltError, {**TREE, "speculative_model": "[ngram+mtp3]"}, "not available yet"),
+        (NotBuiltError, {**TREE, "speculative_model": "[ngram+suffix]"}, "trees of [ngram], [mtp]"),
         (NotBuiltError, {**TREE, "speculative_verify": "typical"}, "use 'auto' or 'match'"),
-        (NotBuiltError, {"speculative_model": "[mtp]", "speculative_verify": "match"}, "'block'"),
-        (NotBuiltError, {"speculative_config": {"method": "mtp3"}}, "not available yet"),
+        (NotBuiltError, {"speculative_model": "[ngram]", "speculative_verify": "match"}, "'block'"),
     ],
 )
 def test_refused(model: str, error: type[Exception], arguments: dict[str, Any], said: str) -> None:

@@ -7,15 +7,15 @@ on every rank of a tensor parallel group: drafting needs no communication betwee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from specplus_kernels.tree_attention import tree_attention
 from torch import nn
+from torch.nn import functional
 
 from vllm_specplus.engine.attention import kv_views
 from vllm_specplus.engine.compat import (
@@ -83,7 +83,7 @@ class PagedHeads:
         layer = self.layers[level]
         return self._modules[level](
             torch.cat([rows.hidden_states for rows in requests]),
-            F.embedding(tokens, self._embedding) * self._embed_scale,
+            functional.embedding(tokens, self._embedding) * self._embed_scale,
             torch.cat([rows.positions() for rows in requests]),
             _PagedAttention(layer, self._block_tables[layer.layer_name], requests),
         )
@@ -121,10 +121,8 @@ class _PagedAttention:
         blocks = self.block_table[owners, self.slots // size].long()
         self.slot_mapping = blocks * size + self.slots % size
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """query: [num_rows, num_heads, head_dim]; key, value: [num_rows, num_kv_heads, head_dim]."""
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See `heads.mtp.Attend`; T is all rows of the level."""
         layer = self.layer
         layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, self.slot_mapping)
         return tree_attention(
@@ -142,6 +140,8 @@ class _PagedAttention:
 
 class PackedLinear(nn.Module):
     """x @ weight.T + bias, with the weight in the layout that vLLM's own linear layers have."""
+
+    cpu_linear: Callable[..., torch.Tensor]
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()

@@ -57,9 +57,9 @@ class TreeDrafter:
         proposer = self.round.proposer
         if isinstance(proposer, MtpProposer):
             checkpoint = load_heads(proposer.path)
-            self.heads = proposer.model = PagedHeads(
-                checkpoint, target_model, self._vllm_config, self.round.max_depth
-            )
+            num_levels = proposer.num_levels(checkpoint.config.num_modules)
+            self.heads = PagedHeads(checkpoint, target_model, self._vllm_config, num_levels)
+            proposer.model = self.heads
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")

@@ -204,11 +204,17 @@ class MtpProposer(Proposer):
     def __init__(self, config: SpecPlusConfig) -> None:
         super().__init__(config)
         models = {spec.name: spec.model for spec in config.methods}
-        self.path = next(path for name, path in models.items() if name != "ngram")
+        self.path = str(next(path for name, path in models.items() if name != "ngram"))
         self._ngrams = NgramProposer(config) if "ngram" in models else None
         self._cells = SourceCells()
         self._gate = LevelGate(config.num_speculative_tokens)
         self._requests: dict[str, _Request] = {}
+
+    def num_levels(self, num_modules: int) -> int:
+        """How deep heads of so many modules draft: [mtp3] runs the last of fewer than three again,
+        and what is deeper is left to n-grams."""
+        most = max(num_modules, 3) if "mtp3" in self.config.method else num_modules
+        return min(most, self.config.num_speculative_tokens)
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         # Where a request starts behind cached blocks, the modules see the keys and values that an

@@ -22,7 +22,8 @@ SUPPORTED = ">=0.32,<0.34"
 _OLDEST, _TOO_NEW = (0, 32), (0, 34)
 
 
-_MODULE_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+MODULE_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""Where config.json files count a model's own MTP modules."""
 
 HOST_METHODS: dict[str, str] = {
     "CPUWorker.init_device": "",
@@ -159,7 +160,7 @@ def num_mtp_modules(model: str) -> int:
 
     fields, _ = PretrainedConfig.get_config_dict(model)
     fields |= fields.get("text_config") or {}
-    return max(fields.get(name) or 0 for name in _MODULE_COUNTS)
+    return max(fields.get(name) or 0 for name in MODULE_COUNTS)
 
 
 def check_version(version: str | None) -> None:
