@@ -2,8 +2,8 @@
 
 Sabotages that were caught: queries and keys swapped, gains without their 1, the layer not damped,
 regression on hidden states one step off, on the target's hidden state where the previous module's
-belongs, without the final norm's gains, with a hundred times the ridge, of the last depth only for tied
-weights, half a layer copied from a mixture of experts.
+belongs, without the final norm's gains, with a hundred times the ridge, of the last
+depth only for tied weights, half a layer copied from a mixture of experts.
 """
 
 from __future__ import annotations
