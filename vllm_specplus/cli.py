@@ -51,12 +51,13 @@ def mtp3(
     model: Annotated[str, typer.Option(help="The target: a path or an id on the hub.")],
     prompts: Annotated[Path, typer.Option(help="A .jsonl or text file, or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder for everything; a run in it goes on.")],
-    minutes: Annotated[float, typer.Option(min=0, help="Time of training at most.")] = 30.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time of training at most.")] = 30.0,
     tokens: Annotated[float, typer.Option(min=1, help="Token passes at most.")] = math.inf,
     text_tokens: Annotated[int, typer.Option(min=1, help="What the target writes.")] = 1_000_000,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of prompts at most.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=8, help="Length of continuations at most.")] = 192,
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
+    text_only: Annotated[bool, typer.Option(help="End when the text is written.")] = False,
     draft_vocab: Annotated[int, typer.Option(min=1, help="Tokens that can be drafted.")] = 32_768,
     tied: Annotated[bool, typer.Option(help="One set of weights at all depths.")] = True,
     start: Annotated[str | None, typer.Option(help="Heads to go on from.")] = None,
@@ -89,6 +90,7 @@ def mtp3(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         chat=chat,
+        text_only=text_only,
         draft_vocab=draft_vocab,
         tied=tied,
         start=start,
@@ -96,15 +98,11 @@ def mtp3(
         device=auto_device(),
     )
     try:
-        finished = train_mtp3(options, Console())
+        raise typer.Exit(0 if train_mtp3(options, Console()) else 130)
     except SpecPlusError as error:
-        raise typer.Exit(_complain(error)) from None
-    raise typer.Exit(0 if finished else 130)
-
-
-def _complain(error: SpecPlusError) -> int:
-    Console(stderr=True, markup=False, highlight=False).print(f"Error: {error}", soft_wrap=True)
-    return 2
+        console = Console(stderr=True, markup=False, highlight=False)
+        console.print(f"Error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 def _show(found: dict[str, Any]) -> None:

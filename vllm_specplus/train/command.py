@@ -32,7 +32,8 @@ class TrainOptions:
     """What the command line says.
 
     text_tokens: what the target writes for training; held_out: share of the prompts' sources that
-    is kept for measuring; start: path or id of heads to go on from.
+    is kept for measuring; start: path or id of heads to go on from; text_only: the first stage
+    alone.
     """
 
     model: str
@@ -49,6 +50,7 @@ class TrainOptions:
     hidden_state_from: Literal["previous", "target"] = "previous"
     start: str | None = None
     int8: bool = False
+    text_only: bool = False
     device: str = "cpu"
 
 
@@ -63,6 +65,8 @@ def train_mtp3(options: TrainOptions, console: Console) -> bool:
     options.out.mkdir(parents=True, exist_ok=True)
     with _bars(console) as bars:
         text = _write_text(options, _bar(bars, "text", options.text_tokens))
+        if options.text_only:
+            return True
         dtype = getattr(torch, options.fit.compute)
         teacher = Teacher(options.model, torch.device(options.device), dtype)
         hidden = options.out / f"hidden-{text.digest()}.bf16"
