@@ -2,7 +2,7 @@
 
 Sabotages that were caught: marginal instead of joint chain acceptance, ranks up to and with the
 number asked for, tree nodes chosen on the rounds that they are counted on, paths without their
-first ranks.
+first ranks, equal logits in favour of the right one, NaN as a bad draft's logit.
 """
 
 from __future__ import annotations
@@ -10,9 +10,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_specplus.train.acceptance import Ranks
+from vllm_specplus.train.acceptance import Ranks, rank_of
 
 RANKS = Ranks(torch.tensor([[0, 0, 1, 0], [0, 3, 0, 0], [0, 0, 0, 5]]), ("a", "b", "a", "b"))
+
+
+def test_rank() -> None:
+    """The place in a stable sort: of equal logits the first column is drafted first."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (50, 9), generator=generator).bfloat16()
+    place = torch.randint(0, 9, (50,), generator=generator)
+    order = logits.float().argsort(descending=True, stable=True)
+    expected = (order == place[:, None]).nonzero()[:, 1]
+    assert torch.equal(rank_of(logits, place), expected)
+    assert (rank_of(logits, place) == 0).equal(logits.float().argmax(1) == place)
+
+
+def test_rank_of_what_cannot_be_drafted() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 3.0], [torch.nan] * 3])
+    assert rank_of(logits, torch.tensor([-1, 2, 0])).tolist() == [3, 1, 3]
 
 
 def test_top() -> None:

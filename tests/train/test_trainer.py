@@ -41,8 +41,9 @@ def test_over_fitted_heads_know_their_text(
     assert len(ranks.kinds) == 8 * (40 - PROMPT_LEN - 3)
     assert min(ranks.top(1)) > 0.9, ranks.top(1)
     assert ranks.chain() > 2.6
-    (start, at_start), (later, _) = trainer.progress.evaluations
-    assert (start, later) == (0, 100 * STEP)
+    (start, at_start), (later, _), (end, at_end) = trainer.progress.evaluations
+    assert (start, later, end) == (0, 100 * STEP, 130 * STEP)
+    assert at_end[0] == ranks.top(1)
     assert min(at_start[0]) > 0.3 and max(at_start[0]) < 0.7
 
 
@@ -93,7 +94,8 @@ REFUSED: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
     (lambda file: torch.save({"x": 1}, file), {}, {}, "holds a training state that is damaged"),
     (None, {}, {"seed": 5}, "was trained with seed 0, but this run has 5"),
     (None, {}, {"learning_rate": 0.1}, "was trained with learning_rate"),
-    (None, {"tied": False}, {}, "was trained with heads of other shapes"),
+    (None, {"tied": False}, {}, "was trained with tied True, but this run has False"),
+    (None, {"hidden_state_from": "target"}, {}, "was trained with hidden_state_from 'previous'"),
 ]
 
 

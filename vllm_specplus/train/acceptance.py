@@ -16,6 +16,19 @@ TOP = (1, 2, 4)
 TREE_SIZES = (4, 8, 16)
 
 
+def rank_of(logits: Tensor, place: Tensor) -> Tensor:
+    """Rank, from 0, of one column per row: int64 [num_rows].
+
+    logits: [num_rows, num_columns]; place: int64 [num_rows], the column, -1 where the right token
+    is none of them and comes last. Equal logits rank by column, as argmax does; NaN beats all.
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    right = logits.gather(1, place.clamp(min=0)[:, None])
+    before = (logits == right) & (columns < place[:, None])
+    ranks = (~(logits <= right) | before).sum(1)
+    return torch.where(place < 0, logits.shape[1], ranks)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """rank: int64 [num_depths, num_rounds], place of the right token among the drafts, from 0, in a

@@ -23,6 +23,9 @@ class Heads(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, shapes included."""
+
     def initialise(self, corpus: Corpus) -> None:
         """Sets the weights to where training begins."""
 

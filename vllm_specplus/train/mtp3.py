@@ -56,6 +56,9 @@ class MTP3:
             self.module = MTPHeads.from_checkpoint(start)
         self.module.to(teacher.device)
 
+    def identity(self) -> dict[str, Any]:
+        return self.module.config.model_dump(exclude={"training", "target"})
+
     @torch.no_grad()
     def initialise(self, corpus: Corpus) -> None:
         """The layer from the target's last one, near linear; the projections by ridge regression of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def _plot(file: Path, summary: dict[str, dict[str, Any]], progress: Progress) ->
     try:
         import matplotlib
     except ImportError:
+        warnings.warn(f"matplotlib is not installed: {file.name} is left out", stacklevel=2)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_specplus.errors import bad_option
-from vllm_specplus.train.acceptance import TOP, Ranks
+from vllm_specplus.train.acceptance import TOP, Ranks, rank_of
 from vllm_specplus.train.corpus import Batch, Corpus
 from vllm_specplus.train.heads import Heads
 
@@ -114,6 +114,8 @@ class HeadsTrainer:
             if time.perf_counter() - saved > settings.save_seconds:
                 self._save()
                 saved = time.perf_counter()
+        if self.done() >= 1 and progress.evaluations[-1][0] < progress.tokens:
+            self._evaluate_some()
         self._save()
         return progress
 
@@ -136,10 +138,7 @@ class HeadsTrainer:
             found = []
             for depth in range(depths):
                 place = self.place[batch.tokens[0, rows + depth + 2]]
-                logits = (outputs[depth] @ self.head.T).float()
-                right = logits.gather(1, place.clamp(min=0)[:, None])
-                rank = (~(logits <= right)).sum(1)  # NaN is never a good draft
-                found.append(torch.where(place < 0, len(self.vocab), rank).cpu())
+                found.append(rank_of(outputs[depth] @ self.head.T, place).cpu())
             ranks.append(torch.stack(found))
             kinds += [self.corpus.text.kinds[index]] * len(rows)
         return Ranks(torch.cat(ranks, dim=1), tuple(kinds))
@@ -214,7 +213,9 @@ class HeadsTrainer:
 
     def _identity(self) -> dict[str, Any]:
         vocab = int(self.vocab.sum()), len(self.vocab)
-        return self.settings.identity() | {"text": self.corpus.text.digest(), "vocab": vocab}
+        text = self.corpus.text.digest()
+        own = self.settings.identity() | {"text": text, "draft_vocab": vocab}
+        return own | self.heads.identity()
 
     def _save(self) -> None:
         partial = self.file.with_suffix(".partial")
@@ -248,10 +249,7 @@ class HeadsTrainer:
             if identity.get(name) != value:
                 before = identity.get(name)
                 raise refused(f"was trained with {name} {before!r}, but this run has {value!r}")
-        try:
-            self.heads.module.load_state_dict(state["module"])
-        except RuntimeError:
-            raise refused("was trained with heads of other shapes") from None
+        self.heads.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = progress
         return True
