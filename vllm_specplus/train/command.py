@@ -72,6 +72,7 @@ def train_mtp3(options: TrainOptions, console: Console) -> bool:
         hidden = options.out / f"hidden-{text.digest()}.bf16"
         corpus = Corpus(text, hidden, teacher, MTP3.num_depths)
         corpus.compute(_bar(bars, "hidden states", len(text.tokens)))
+        torch.manual_seed(options.fit.seed)
         heads = MTP3(
             teacher,
             tied=options.tied,

@@ -81,15 +81,14 @@ class MTP3:
     def _regress(self, corpus: Corpus) -> None:
         """Hoerl and Kennard 1970; tied weights fit all depths so far together."""
         heads, config = self.module, self.module.config
-        size = config.hidden_size
-        gram, cross = (
-            torch.zeros(2 * size, n, device=self.teacher.device) for n in (2 * size, size)
-        )
-        gain = self.teacher.norm_gain
-        gain = torch.where(gain.abs() < 1e-3, 1.0, gain)
+        gain = torch.where(self.teacher.norm_gain.abs() < 1e-3, 1.0, self.teacher.norm_gain)
+        num_features = 2 * config.hidden_size
+        gram = gain.new_zeros(num_features, num_features)
+        cross = gain.new_zeros(num_features, config.hidden_size)
         for depth in range(self.num_depths):
             if not config.tied:
-                gram.zero_(), cross.zero_()
+                gram.zero_()
+                cross.zero_()
             num_tokens = 0
             for index in corpus.training:
                 batch = corpus.batch([index])
@@ -97,13 +96,11 @@ class MTP3:
                 if num_tokens > _REGRESSION_TOKENS:
                     break
                 length = int(batch.lengths[0]) - depth - 1
-                if length < 1:
-                    continue
                 hidden, embeddings = batch.hidden.float(), corpus.embeddings(batch).float()
                 features = self._features(depth, hidden, embeddings)[0, :length]
                 gram += features.T @ features
                 cross += features.T @ (hidden[0, depth + 1 :] / gain)
-            ridge = _RIDGE * gram.diagonal().mean() * torch.eye(2 * size, device=gram.device)
+            ridge = _RIDGE * gram.diagonal().mean() * torch.eye(num_features, device=gram.device)
             heads.at(depth).eh_proj.weight.copy_(torch.linalg.solve(gram + ridge, cross).T)
 
     def _features(self, depth: int, hidden: Tensor, embeddings: Tensor) -> Tensor:
