@@ -2,27 +2,32 @@
 from the folder.
 
 Sabotages that were caught: text written anew on the second call, held-out prompts trained on,
-greedy text in place of the mix, the draft vocabulary's least frequent tokens.
+greedy text in place of the mix, the draft vocabulary's least frequent tokens, Ctrl-C not heard or
+its handler left behind.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from tests.engine.models import BUILDERS, WORDS, save
+from tests.train.tiny import load_teacher, write_samples
 from vllm_specplus.cli import main
 from vllm_specplus.proposers.heads.checkpoint import check_fits, load_heads
+from vllm_specplus.train import command
 from vllm_specplus.train.text import TextFile
+from vllm_specplus.train.trainer import HeadsTrainer
 
 NUM_PROMPTS, TEXT_TOKENS = 12, 2500
 
 
-def train(folder: Path, *options: str) -> Result:
-    given = ["--model", folder / "model", "--prompts", folder / "p.jsonl", "--out", folder / "out"]
+def train(folder: Path, *options: str, out: str = "out") -> Result:
+    given = ["--model", folder / "model", "--prompts", folder / "p.jsonl", "--out", folder / out]
     sizes = "--prompt-tokens 12 --new-tokens 20 --draft-vocab 200 --head-rows 100 --fp32".split()
     arguments = [*map(str, given), *sizes, "--text-tokens", str(TEXT_TOKENS), *options]
     return CliRunner().invoke(main, ["train", "mtp3", *arguments], env={"COLUMNS": "200"})
@@ -76,8 +81,6 @@ def test_one_command(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_second_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a higher limit it trains on, over the same text: vLLM is not asked again."""
-    from vllm_specplus.train import command
-
     train(folder, "--tokens", "4000", "--int8")
     before = load_heads(folder / "out").config.training
     written = (folder / "out/text.jsonl").read_bytes()
@@ -91,6 +94,30 @@ def test_a_second_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused = train(folder, "--tokens", "6000", "--seed", "3")
     assert refused.exit_code == 2
     assert "Error: out=" in refused.output and "was trained with seed 0" in refused.output
+
+
+def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over text that is there already, without vLLM: two steps, Ctrl-C in the second, and on."""
+    (folder / "stopped").mkdir()
+    samples = write_samples(load_teacher(folder / "model"), 80, 32)
+    samples[0] = samples[0].model_copy(update={"held_out": True})
+    TextFile(folder / "stopped/text.jsonl", str(folder / "model")).add(samples)
+    monkeypatch.setattr(command, "Writer", None)
+    step = HeadsTrainer._step
+
+    def step_and_interrupt(trainer: HeadsTrainer) -> None:
+        step(trainer)
+        if trainer.progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(HeadsTrainer, "_step", step_and_interrupt)
+    stopped = train(folder, "--tokens", "1000", out="stopped")
+    assert stopped.exit_code == 130, stopped.output
+    assert "Stopped; the same command goes on" in stopped.output
+    assert not (folder / "stopped/config.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(folder, "--tokens", "1000", out="stopped").exit_code == 0
+    assert load_heads(folder / "stopped").config.training["steps"] == 4  # of 8 x 32 tokens
 
 
 def test_errors_are_one_line(folder: Path) -> None:
