@@ -47,11 +47,15 @@ class LevelGate:
         return False
 
     def observe(
-        self, level: int, prospects: Sequence[Prospect], tokens: Sequence[float], ms: float
+        self, level: int, prospects: Sequence[Prospect], tokens: Sequence[float], ms: float | None
     ) -> None:
-        """A level was drafted in `ms` and brought so many expected tokens per request."""
-        before = self._ms.setdefault(len(prospects), ms)
-        self._ms[len(prospects)] += _SMOOTHING * (min(ms, _OUTLIER * before) - before)
+        """A level was drafted in `ms` and brought so many expected tokens per request.
+
+        ms: None where it is not typical.
+        """
+        if ms is not None:
+            before = self._ms.setdefault(len(prospects), ms)
+            self._ms[len(prospects)] += _SMOOTHING * (min(ms, _OUTLIER * before) - before)
         room = sum(prospect.most - prospect.known for prospect in prospects)
         if room > 0:
             known = sum(prospect.known for prospect in prospects)

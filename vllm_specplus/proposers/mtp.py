@@ -35,6 +35,9 @@ NUM_CHILDREN = 8
 """Candidates after a node."""
 MAX_FRONTIER = 8
 """Nodes of a level that are continued."""
+MAX_TIMED_ROWS = 16
+"""Levels with more committed rows a request catch up with a prompt or with undrafted text; what
+that takes says nothing of the next level."""
 _LEAST_BIN = 9
 
 
@@ -268,5 +271,7 @@ class MtpProposer(Proposer):
         for draft, frontier in zip(drafts, frontiers, strict=True):
             draft.branch(level, [next(children) for _ in frontier])
         tokens = [draft.level_tokens for draft in drafts]
-        self._gate.observe(level, prospects, tokens, 1e3 * (time.perf_counter() - began))
+        late = sum(each.num_known for each in rows) > MAX_TIMED_ROWS * len(rows)
+        ms = None if late else 1e3 * (time.perf_counter() - began)
+        self._gate.observe(level, prospects, tokens, ms)
         return True
