@@ -1,5 +1,10 @@
 """MTP heads on the CPU engine: the text stays that of plain decoding, and the drafts are those of
-the dense modules."""
+the dense modules.
+
+Sabotages that the dense modules caught: committed rows that run again, a node that takes the hidden
+state of the position before or of the wrong level, that sees only itself, a context that ends one
+slot early. Those that fitted heads catch are below.
+"""
 
 from __future__ import annotations
 
