@@ -15,7 +15,7 @@ from tests.proposers.heads.heads import config, modules
 from tests.train.tiny import corpus_of, load_teacher, on_itself, trainer_of, write_samples
 from vllm_specplus.proposers.heads.checkpoint import save_heads
 
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     hidden_size=64,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -31,7 +31,7 @@ def random_path(**fields: Any) -> str:
     """Random heads for the tiny models."""
     path = mkdtemp(prefix="specplus-heads-")
     draft_vocab = torch.arange(FIRST_DRAFTED, VOCAB_SIZE)
-    heads = config(**SIZES, draft_vocab_size=len(draft_vocab), **fields)
+    heads = config(**SIZES | fields, draft_vocab_size=len(draft_vocab))
     save_heads(path, heads, modules(heads), draft_vocab)
     return path
 

@@ -20,6 +20,7 @@ from tests.engine.heads import fitted, random_path
 from tests.train.tiny import PROMPT_LEN
 from vllm_specplus.core.stats import SpecStats
 from vllm_specplus.engine import mtp as paged
+from vllm_specplus.errors import OptionError
 from vllm_specplus.proposers import levels, mtp
 from vllm_specplus.proposers.heads.checkpoint import load_heads
 from vllm_specplus.proposers.heads.mtp import MTPHeads
@@ -93,6 +94,11 @@ def test_requests_run_to_the_longest_length(tree, method):
     asked += [Request([300] * n, params("greedy", max_tokens=None)) for n in (1, 126, 127)]
     plain = reference("llama", asked, max_model_len=128)
     assert_equal(engine(method=method, tree=tree, max_model_len=128).run(asked), plain)
+
+
+def test_heads_of_another_model_are_refused():
+    with pytest.raises(OptionError, match="hidden_size 32, but the model has 64"):
+        engine(heads=random_path(hidden_size=32))
 
 
 def watch_drafts(monkeypatch):
