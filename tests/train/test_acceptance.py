@@ -2,7 +2,8 @@
 
 Sabotages that were caught: marginal instead of joint chain acceptance, ranks up to and with the
 number asked for, tree nodes chosen on the rounds that they are counted on, paths without their
-first ranks, equal logits in favour of the right one, NaN as a bad draft's logit.
+first ranks, equal logits in favour of the right one, NaN as a bad draft's logit, siblings with
+gaps.
 """
 
 from __future__ import annotations
@@ -49,9 +50,15 @@ def test_kinds() -> None:
 def test_tree_is_chosen_on_other_rounds_than_it_is_counted_on() -> None:
     ranks = torch.tensor([[1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 2]])
     tree = Ranks(ranks, ("a",) * 6)
-    assert tree.tree(1) == pytest.approx(2 / 3)  # (1,)
-    assert tree.tree(2) == pytest.approx(3 / 3)  # (1,), (1, 0): accepted 2, 0, 1
-    assert tree.tree(16) == pytest.approx(3 / 3)  # no more paths were seen
+    assert tree.tree(1) == pytest.approx(1 / 3)  # (0,): it comes before (1,)
+    assert tree.tree(2) == pytest.approx(3 / 3)  # (1,)
+    assert tree.tree(3) == pytest.approx(4 / 3)  # (1, 0): accepted 2, 1, 1
+
+
+def test_what_cannot_be_drafted_is_in_no_tree() -> None:
+    """Rank 300 of a vocabulary of 300, or a rank that 50 siblings come before."""
+    assert Ranks(torch.full((2, 20), 300), ("a",) * 20).tree(16) == 0
+    assert Ranks(torch.full((2, 20), 50), ("a",) * 20).tree(16) == 0
 
 
 def test_tree_walk() -> None:

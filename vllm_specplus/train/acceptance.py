@@ -7,6 +7,7 @@ depth k counts only where all before it were right, so this is what a greedy eng
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 TOP = (1, 2, 4)
 TREE_SIZES = (4, 8, 16)
+Path = tuple[int, ...]
 
 
 def rank_of(logits: Tensor, place: Tensor) -> Tensor:
@@ -51,16 +53,26 @@ class Ranks:
         return float((self.rank == 0).double().cumprod(0).sum(0).mean())
 
     def tree(self, num_nodes: int) -> float:
-        """Drafts accepted a round by the best static tree, chosen on every other round and counted
-        on the rest (Medusa's construction: Cai et al. 2024, arXiv 2401.10774)."""
-        counts = Counter(
-            path for ranks in self.rank[:, ::2].T.tolist() for path in _prefixes(ranks)
-        )
-        nodes = {path for path, _ in counts.most_common(num_nodes)}
-        rounds = self.rank[:, 1::2].T.tolist()
-        hits = [sum(path in nodes for path in _prefixes(ranks)) for ranks in rounds]
+        """Drafts accepted a round by a good static tree, chosen on every other round and counted on
+        the rest (Medusa's construction: Cai et al. 2024, arXiv 2401.10774)."""
+        chosen, counted = (half.T.tolist() for half in (self.rank[:, ::2], self.rank[:, 1::2]))
+        counts = Counter(path for ranks in chosen for path in _prefixes(ranks))
+        nodes = set(_grow(counts, num_nodes, len(self.rank)))
+        hits = [sum(path in nodes for path in _prefixes(ranks)) for ranks in counted]
         return sum(hits) / max(1, len(hits))
 
 
-def _prefixes(ranks: list[int]) -> list[tuple[int, ...]]:
+def _grow(counts: Counter[Path], num_nodes: int, max_depth: int) -> Iterator[Path]:
+    """The paths of ranks of a tree, most frequent first; siblings have ranks without a gap."""
+    frontier: list[Path] = [(0,)]
+    for _ in range(num_nodes):
+        best = max(frontier, key=lambda path: (counts[path], -sum(path) - len(path)))
+        frontier.remove(best)
+        yield best
+        frontier.append((*best[:-1], best[-1] + 1))
+        if len(best) < max_depth:
+            frontier.append((*best, 0))
+
+
+def _prefixes(ranks: list[int]) -> list[Path]:
     return [tuple(ranks[: depth + 1]) for depth in range(len(ranks))]

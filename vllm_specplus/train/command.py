@@ -123,7 +123,7 @@ def _write_text(options: TrainOptions, show: OnProgress) -> Text:
             options.prompt_tokens,
             options.new_tokens,
             chat=options.chat,
-            seed=options.fit.seed,
+            seed=options.fit.seed + len(file.samples),
         )
         for samples in writer.held_out(held_out, len(written(True))):
             file.add(samples)

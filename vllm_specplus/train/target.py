@@ -24,37 +24,32 @@ class Writer:
             model=model, max_model_len=prompt_tokens + new_tokens, seed=seed, enforce_eager=True
         )
         self.prompt_tokens, self.new_tokens, self.chat = prompt_tokens, new_tokens, chat
-        self.seed = seed
 
     def held_out(self, prompts: Sequence[Prompt], start: int) -> Iterator[list[Sample]]:
         """Greedy text after every prompt from number `start` on, in waves."""
         for first in range(start, len(prompts), _WAVE):
             wave = prompts[first : first + _WAVE]
-            yield self._write(wave, [0.0] * len(wave), first, held_out=True)
+            yield self._write(wave, [0.0] * len(wave), held_out=True)
 
     def training(self, prompts: Sequence[Prompt], start: int) -> Iterator[list[Sample]]:
         """Text at the temperatures of MIX from sample `start` on, in waves without an end; prompts
-        come round again with other temperatures and seeds."""
+        come round again with other temperatures."""
         for first in count(start, _WAVE):
             places = range(first, first + _WAVE)
             wave = [prompts[place % len(prompts)] for place in places]
             mixed = [MIX[(place + place // len(prompts)) % len(MIX)] for place in places]
-            yield self._write(wave, mixed, first, held_out=False)
+            yield self._write(wave, mixed, held_out=False)
 
     def _write(
-        self, prompts: Sequence[Prompt], temperatures: Sequence[float], first: int, held_out: bool
+        self, prompts: Sequence[Prompt], temperatures: Sequence[float], held_out: bool
     ) -> list[Sample]:
         from vllm import SamplingParams
 
         encoded: list[Any] = [{"prompt_token_ids": self._encode(prompt.text)} for prompt in prompts]
+        # No seeds of their own: in vLLM 0.32 those fail on CPUs where a prompt comes in chunks.
         params = [
-            SamplingParams(
-                temperature=temperature,
-                seed=self.seed + first + place,
-                max_tokens=self.new_tokens,
-                detokenize=False,
-            )
-            for place, temperature in enumerate(temperatures)
+            SamplingParams(temperature=each, max_tokens=self.new_tokens, detokenize=False)
+            for each in temperatures
         ]
         outputs = self.llm.generate(encoded, params, use_tqdm=False)
         return [
