@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_specplus.errors import SpecPlusError
+
 main = typer.Typer(add_completion=False, no_args_is_help=True)
+train = typer.Typer(no_args_is_help=True, help="Trains draft heads for a model.")
+main.add_typer(train, name="train")
 
 
 @main.callback()
@@ -38,6 +44,65 @@ def check(
     else:
         _show(found)
     raise typer.Exit(0 if found["ok"] else 1)
+
+
+@train.command()
+def mtp3(
+    model: Annotated[str, typer.Option(help="The target: a path or an id on the hub.")],
+    prompts: Annotated[Path, typer.Option(help="A .jsonl or text file, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for everything; a run in it goes on.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time of training at most.")] = 30.0,
+    tokens: Annotated[float, typer.Option(min=1, help="Token passes at most.")] = math.inf,
+    text_tokens: Annotated[int, typer.Option(min=1, help="What the target writes.")] = 1_000_000,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of prompts at most.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Length of continuations at most.")] = 192,
+    chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
+    text_only: Annotated[bool, typer.Option(help="End when the text is written.")] = False,
+    draft_vocab: Annotated[int, typer.Option(min=1, help="Tokens that can be drafted.")] = 32_768,
+    tied: Annotated[bool, typer.Option(help="One set of weights at all depths.")] = True,
+    start: Annotated[str | None, typer.Option(help="Heads to go on from.")] = None,
+    int8: Annotated[bool, typer.Option(help="Write int8 matrices, not bfloat16.")] = False,
+    fp32: Annotated[bool, typer.Option(help="Compute in float32, not bfloat16.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 3e-4,
+    head_rows: Annotated[int, typer.Option(min=1, help="Rows of the head in the loss.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of text, order and sampled rows.")] = 0,
+) -> None:
+    """Trains three multi-token-prediction modules; writes heads, state and a report to OUT."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_specplus.train.command import FitSettings, TrainOptions, auto_device, train_mtp3
+
+    fit = FitSettings(
+        seed=seed,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        head_rows=head_rows,
+        compute="float32" if fp32 else "bfloat16",
+        max_tokens=tokens,
+        max_seconds=60 * minutes,
+    )
+    options = TrainOptions(
+        model=model,
+        prompts=prompts,
+        out=out,
+        fit=fit,
+        text_tokens=text_tokens,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        chat=chat,
+        text_only=text_only,
+        draft_vocab=draft_vocab,
+        tied=tied,
+        start=start,
+        int8=int8,
+        device=auto_device(),
+    )
+    try:
+        raise typer.Exit(0 if train_mtp3(options, Console()) else 130)
+    except SpecPlusError as error:
+        console = Console(stderr=True, markup=False, highlight=False)
+        console.print(f"Error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -46,17 +46,19 @@ class Method:
     native: the name of vLLM's own method, which runs its chains; None if vLLM has none.
     model: whether a path or model id belongs to it.
     default_depth: `num_speculative_tokens` if not given; None if it must be given.
+    heads: whether it drafts with trained heads, which are the path or id.
     """
 
     native: str | None
     model: Literal["required", "optional", "none"]
     default_depth: int | None = None
+    heads: bool = False
 
 
 METHODS: dict[str, Method] = {
     "ngram": Method("ngram", "none"),
-    "mtp": Method("mtp", "optional"),
-    "mtp3": Method(None, "optional"),
+    "mtp": Method("mtp", "optional", heads=True),
+    "mtp3": Method(None, "optional", default_depth=3, heads=True),
     "medusa": Method(None, "required"),
     "eagle": Method("eagle", "required"),
     "eagle3": Method("eagle3", "required"),
@@ -237,8 +239,7 @@ def parse_step_costs(value: Any) -> dict[int, float] | None:
         costs = [(int(str(rows)), float(ms)) for rows, ms in pairs]
     except (ValueError, TypeError):
         costs = []
-    rows = [0, *(rows for rows, _ in costs)]
-    rising = all(before < after for before, after in pairwise(rows))
+    rising = all(before < after for before, after in pairwise([0, *(rows for rows, _ in costs)]))
     if not costs or not rising or not all(0 < ms < inf for _, ms in costs):
         raise bad_option(
             "speculative_step_costs",
@@ -295,9 +296,8 @@ class SpecPlusConfig(BaseModel):
         dict[int, float] | None, PlainValidator(parse_step_costs), PlainSerializer(_costs_text)
     ] = Field(
         default=None,
-        description="ms of a step of the target model by its total rows, as "
-        "'1:5.1,8:5.2,64:7.9': how many nodes pay at which batch size follows from them "
-        "(default: measured at start-up)",
+        description="ms of a step by its total rows, as '1:5.1,8:5.2,64:7.9': how many nodes pay "
+        "at which batch size follows from them (default: measured at start-up)",
     )
 
     @classmethod
@@ -311,6 +311,11 @@ class SpecPlusConfig(BaseModel):
     @property
     def methods(self) -> tuple[MethodSpec, ...]:
         return parse_methods(self.speculative_model)
+
+    @property
+    def method(self) -> str:
+        """The methods' names in alphabetic order: "ngram", "mtp3+ngram"."""
+        return "+".join(sorted(spec.name for spec in self.methods))
 
     @property
     def num_nodes(self) -> int:
@@ -372,12 +377,8 @@ class SpecPlusConfig(BaseModel):
                 "leave it out",
             )
         if self.step_costs is not None and isinstance(self.tree, Chain):
-            raise bad_option(
-                "speculative_step_costs",
-                _costs_text(self.step_costs),
-                "belongs to a tree, and this is a chain",
-                "leave it out, or give speculative_tree='dynamic:N'",
-            )
+            text, reason = _costs_text(self.step_costs), "belongs to a tree, and this is a chain"
+            raise bad_option("speculative_step_costs", text, reason, "leave it out")
         return self
 
 

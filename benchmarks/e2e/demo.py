@@ -1,11 +1,12 @@
 """`make demo`: a real model decodes faster with speculation, and writes the same text.
 
-Takes the first Spec-Bench prompt of six categories through plain vLLM, vLLM's own n-gram drafter
-and our n-gram trees, one request at a time.
+Takes the first Spec-Bench prompt of six categories through plain vLLM, vLLM's own n-gram drafter,
+our n-gram trees, and trees of n-grams and trained MTP heads, one request at a time.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from benchmarks.e2e.methods import DEFAULT_DEPTH, NATIVE_NGRAM, parse_methods
 from benchmarks.e2e.prompts import first_of_each, load_prompts
 from benchmarks.e2e.report import run_and_report
 from benchmarks.gemma import ensure_gemma
+from benchmarks.provenance import ROOT
 
 TREE = "dynamic:12"
+HEADS = os.path.relpath(ROOT / "assets/gemma-3-270m-mtp3")
 CATEGORIES = ("writing", "coding", "translation", "summarization", "math_reasoning", "rag")
 
 
@@ -27,7 +30,9 @@ def make_options() -> Options:
     return Options(
         model=ensure_gemma(),
         prompts=first_of_each(load_prompts(PROMPTS), CATEGORIES),
-        methods=parse_methods([NATIVE_NGRAM, f"[ngram]:tree={TREE}"]),
+        methods=parse_methods(
+            [NATIVE_NGRAM, f"[ngram]:tree={TREE}", f"[mtp3+ngram]{HEADS}:tree={TREE}"]
+        ),
         enforce_eager=True,
     )
 
@@ -36,8 +41,8 @@ def next_steps(model: Path) -> str:
     """The lines to try after the demo."""
     return f"""\
 Try next:
-  LLM(model="{model}", speculative_model="[ngram]", num_speculative_tokens={DEFAULT_DEPTH},
-      speculative_tree="{TREE}")
+  LLM(model="{model}", speculative_model="[mtp3+ngram]{HEADS}",
+      num_speculative_tokens={DEFAULT_DEPTH}, speculative_tree="{TREE}")
   vllm serve {model} --speculative-model "[ngram]" --num-speculative-tokens {DEFAULT_DEPTH} \\
       --speculative-tree {TREE}"""
 

@@ -15,7 +15,7 @@ DEFAULT_DEPTH = 5
 NATIVE_LOOKUP = {"prompt_lookup_max": 5, "prompt_lookup_min": 2}
 SYNTAX = (
     "plain | native-ngram[-gpu][:K=5][:max=5][:min=2] | MODEL[:K=5][:tree=TREE][:verify=RULE]"
-    "[:max=N][:min=N], where MODEL is a speculative_model such as [ngram] or [eagle]PATH"
+    "[:max=N][:min=N], where MODEL is a speculative_model such as [ngram] or [mtp3+ngram]PATH"
 )
 
 _OPTION = re.compile(r":(?=(?:K|tree|verify|max|min)=)")

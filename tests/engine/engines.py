@@ -95,6 +95,12 @@ class Engine:
         return outputs
 
     @property
+    def spec_round(self) -> Any:
+        """The speculative round of the one worker."""
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner.round
+
+    @property
     def max_nodes(self) -> int:
         return self.scheduler.num_spec_tokens
 

@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from tests.engine.apart import RESULT
 from tests.engine.engines import DEFAULTS, model_path, reference, spec_options
 from tests.engine.features import facts, mixed, requests
+from tests.engine.heads import random_path
 from tests.engine.metrics import LOGGED, check
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,19 @@ def test_all_features_in_one_batch(model, layout):
     assert stats.fallbacks["structured_outputs"] == sum(
         request.params.structured_outputs is not None for request in asked
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mtp_heads(layout):
+    asked = mixed()
+    plain = reference("llama", asked)
+    heads = dict(speculative_model=f"[mtp3+ngram]{random_path()}", num_speculative_tokens=3)
+    options = LAYOUTS[layout] | heads
+    job = dict(path=str(model_path("llama")), method="dynamic", options=options, truth=[])
+    result = run_apart(job)
+    assert result["facts"] == json.loads(json.dumps([facts(output) for output in plain]))
+    assert all(w["accepted"] > 0 for w in result["workers"])
 
 
 @pytest.mark.slow

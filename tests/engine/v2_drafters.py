@@ -28,7 +28,7 @@ from tests.engine.engines import DEFAULTS, Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_distribution import SMALLEST_P, p_value
 from vllm_specplus.engine import v2_speculator
-from vllm_specplus.engine.v2_chain import ChainRows
+from vllm_specplus.engine.drafters.chain import ChainRows
 
 DEPTH, NUM_NODES = 3, 8
 LENGTH, NUM_SEQUENCES = 3, 448

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_specplus.proposers.calibration import Calibration
+from vllm_specplus.proposers.calibration import Calibration, Cell, Expectations
 from vllm_specplus.proposers.ngram_index import LONGEST_MATCH
 
 
@@ -38,3 +38,18 @@ def test_other_kinds_of_votes_are_not_touched() -> None:
         _, cell, prior = calibration.estimate(3, 0.5)
         cell.observe(prior, False)
     assert [calibration.estimate(n, s)[0] for n in (1, 8, 32) for s in (0.1, 0.5)] == before
+
+
+def test_expectations_are_settled_along_the_path_that_came() -> None:
+    expectations, cells = Expectations(), {}
+    for path in [(), (1,), (2,), (1, 3)]:
+        for token in (1, 2, 3):
+            cells[path, token] = cell = Cell()
+            expectations.at(path)[token] = cell, 0.5
+    expectations.settle([1, 3, 9, 9])
+    hits = {key for key, cell in cells.items() if cell.hits > Cell.START}
+    asked = {path for (path, _), cell in cells.items() if cell.expected > Cell.START}
+    assert hits == {((), 1), ((1,), 3)}
+    assert asked == {(), (1,), (1, 3)}
+    expectations.settle([1])
+    assert cells[(), 1].hits == Cell.START + 1

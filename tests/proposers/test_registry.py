@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.ngram import NgramProposer
 from vllm_specplus.proposers.registry import create
 
@@ -20,7 +21,13 @@ def test_ngram_is_there() -> None:
     assert proposer.config.num_nodes == 4
 
 
-@pytest.mark.parametrize("model", ["[mtp3]", "[lookahead]", "some/model", "[ngram+mtp3]"])
+@pytest.mark.parametrize("model", ["[mtp]x", "[mtp3]x", "[mtp3+ngram]x", "[ngram+mtp3]x"])
+def test_heads_may_be_joined_by_ngrams(model: str) -> None:
+    proposer = create(config(model))
+    assert isinstance(proposer, MtpProposer) and proposer.path == "x"
+
+
+@pytest.mark.parametrize("model", ["[medusa]x", "[lookahead]", "some/model", "[ngram+lookahead]"])
 def test_what_is_not_built_names_what_is(model: str) -> None:
     with pytest.raises(NotImplementedError, match=r"speculative_model=.*available.*\[ngram\]"):
         create(config(model))

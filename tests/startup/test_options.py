@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from importlib import import_module
@@ -12,61 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.executor.abstract import Executor
+from vllm import EngineArgs
 
 from tests.engine.configs import LLAMA, write_config
+from tests.startup.spellings import TREE, TREE_KEYS, by_flags, by_keywords, outcome
 from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.core.width import describe
 from vllm_specplus.errors import NotBuiltError, OptionError
-from vllm_specplus.startup import host, options, patches
+from vllm_specplus.startup import host, options
 
-TREE = {
-    "speculative_model": "[ngram]",
-    "num_speculative_tokens": 5,
-    "speculative_tree": "dynamic:12",
-    "ngram_prompt_lookup_max": 4,
-}
-TREE_KEYS = {
-    "method": "ngram",
-    "num_speculative_tokens": 5,
-    "tree": "dynamic:12",
-    "prompt_lookup_max": 4,
-}
-OTHER_EXECUTOR = "vllm.v1.executor.uniproc_executor.ExecutorWithExternalLauncher"
+pytestmark = pytest.mark.usefixtures("only_the_options_patched")
+TREE_OF_HEADS = {"num_speculative_tokens": 3, "speculative_tree": "dynamic:8"}
 WIDTHS = "num_speculative_tokens_per_batch_size"
-
-
-@pytest.fixture(autouse=True)
-def _only_the_options_patched() -> Any:
-    patches.undo()
-    patches.apply("options")
-    yield
-    patches.undo()
-    patches.apply("options")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_config(tmp_path_factory.mktemp("llama"), LLAMA)
-
-
-def by_keywords(model: str, **arguments: Any) -> EngineArgs:
-    return EngineArgs(model=model, skip_tokenizer_init=True, **arguments)
-
-
-def by_flags(model: str, **arguments: Any) -> AsyncEngineArgs:
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    flags = [f"--model={model}", "--skip-tokenizer-init"]
-    for name, value in arguments.items():
-        text = json.dumps(value) if isinstance(value, dict) else str(value)
-        flags += ["--" + name.replace("_", "-"), text]
-    return AsyncEngineArgs.from_cli_args(parser.parse_args(flags))
-
-
-def outcome(arguments: EngineArgs) -> tuple[Any, Any, Any]:
-    return arguments.speculative_config, arguments.additional_config, arguments.worker_cls
 
 
 def test_a_tree_goes_to_our_engine(model: str) -> None:
@@ -96,89 +51,6 @@ def test_three_spellings_of_a_tree_mean_the_same(model: str) -> None:
     assert outcome(several) == wanted
     assert several.spec_tokens is None  # vLLM would say that it is said twice
     assert outcome(by_keywords(model, **TREE, speculative_config=TREE_KEYS)) == wanted
-
-
-@pytest.fixture
-def v2_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options lead to the V2 engine, which needs no Triton to be named."""
-    monkeypatch.setattr(options, "tree_engine", lambda: host.V2_CPU_ENGINE)
-
-
-COSTS = {1: 5.0, 16: 5.0, 17: 50.0}
-"""Rows are free up to 16."""
-ALL_FREE_ROWS = [(1, 1, 12), (2, 2, 6), (3, 4, 3), (5, 8, 1), (9, 20, 0)]
-
-
-@pytest.mark.usefixtures("v2_engine")
-def test_step_costs_become_a_schedule_of_vllm(model: str) -> None:
-    as_text = ",".join(f"{rows}:{ms}" for rows, ms in COSTS.items())
-    flags = TREE | {"max_num_seqs": 20}
-    wanted = outcome(by_keywords(model, **flags, speculative_step_costs=COSTS))
-    assert wanted[0][WIDTHS] == ALL_FREE_ROWS
-    assert wanted[1]["specplus"]["step_costs"] == as_text
-    assert outcome(by_flags(model, **flags, speculative_step_costs=as_text)) == wanted
-    keys = TREE_KEYS | {"step_costs": as_text}
-    for spelled in (by_keywords, by_flags):
-        assert outcome(spelled(model, speculative_config=keys, max_num_seqs=20)) == wanted
-    again = by_keywords(model, **flags, speculative_step_costs=COSTS, speculative_config=keys)
-    assert outcome(again) == wanted
-    for_default = by_keywords(model, **TREE, speculative_step_costs=COSTS).speculative_config
-    assert for_default[WIDTHS] == [*ALL_FREE_ROWS[:-1], (9, 1024, 0)]
-
-
-@pytest.mark.usefixtures("v2_engine")
-def test_a_schedule_of_the_user_is_taken_as_it_is(model: str) -> None:
-    keys = TREE_KEYS | {WIDTHS: [[1, 3, 12], [4, 8, 2]]}
-    for spelled in (by_keywords, by_flags):
-        given = spelled(model, speculative_config=keys).speculative_config
-        assert given[WIDTHS] == keys[WIDTHS] and given["num_speculative_tokens"] == 12
-    with pytest.raises(OptionError, match=f"^{WIDTHS}=.*says what step_costs says; give one of"):
-        by_keywords(model, speculative_config=keys, speculative_step_costs="1:5")
-
-
-@pytest.fixture
-def on_a_gpu(v2_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs are measured; otherwise this is a CPU, on which vLLM wants no V2 runner."""
-    monkeypatch.setattr(patches, "wanted_engine", lambda: host.V2_ENGINE)
-
-
-def test_costs_are_measured_where_none_are_given(model: str, on_a_gpu: None) -> None:
-    """For that, graphs of all widths are captured, and the executor is ours."""
-    config = by_keywords(model, **TREE, max_num_seqs=20).create_engine_config()
-    given = config.speculative_config.num_speculative_tokens_per_batch_size
-    assert given == [(1, 1, 12), (2, 2, 6), (3, 3, 3), (4, 4, 1), (5, 20, 0)]
-    assert Executor.get_class(config).__name__ == "MeasuringUniProcExecutor"
-    assert len(pickle.dumps(Executor.get_class(config))) < 200
-
-
-@pytest.mark.parametrize(
-    "given", [{"speculative_step_costs": COSTS}, {"speculative_config": {WIDTHS: [(1, 9, 5)]}}]
-)
-def test_costs_are_not_measured_where_widths_are_given(
-    model: str, on_a_gpu: None, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(patches.logger, "info", lambda text, *args: said.append(text % args))
-    config = by_keywords(model, **TREE, max_num_seqs=20, **given).create_engine_config()
-    assert Executor.get_class(config).__name__ == "UniProcExecutor"
-    widths = config.speculative_config.num_speculative_tokens_per_batch_size
-    assert said == [f"speculative_tree: {describe(widths)}"]
-
-
-def test_no_widths_where_costs_cannot_be_measured(model: str, on_a_gpu: None) -> None:
-    """Every batch is drafted whole trees then, not those of the schedule that was captured."""
-    other = by_keywords(model, **TREE, distributed_executor_backend=OTHER_EXECUTOR)
-    config = other.create_engine_config()
-    assert config.speculative_config.num_speculative_tokens_per_batch_size is None
-    assert Executor.get_class(config).__name__ == "ExecutorWithExternalLauncher"
-
-
-def test_other_engines_have_vllms_executor(model: str) -> None:
-    for options_given in ({}, TREE):
-        config = by_keywords(model, **options_given).create_engine_config()
-        assert Executor.get_class(config).__name__ == "UniProcExecutor"
-        speculative = config.speculative_config
-        assert getattr(speculative, WIDTHS, None) is None
 
 
 def test_translated_arguments_stay_as_they_are(model: str) -> None:
@@ -214,7 +86,6 @@ def test_translated_arguments_stay_as_they_are(model: str) -> None:
             {"speculative_model": "[ngram]", "ngram_prompt_lookup_max": 4},
             {"method": "ngram", "prompt_lookup_max": 4},
         ),
-        ({"speculative_model": "[mtp]", "speculative_tree": "chain"}, {"method": "mtp"}),
         ({"speculative_model": "[suffix]"}, {"method": "suffix"}),
     ],
 )
@@ -225,6 +96,32 @@ def test_chains_of_vllm_are_left_to_vllm(
     for spelled in (by_keywords, by_flags):
         given = outcome(spelled(model, num_speculative_tokens=5, **arguments))
         assert given == (native | {"num_speculative_tokens": 5}, *stock[1:])
+
+
+@pytest.mark.parametrize("count", host.MODULE_COUNTS)
+@pytest.mark.parametrize("method", ["mtp", "mtp3"])
+def test_chains_of_the_models_own_modules_are_left_to_vllm(
+    method: str, count: str, tmp_path: Path
+) -> None:
+    model = write_config(tmp_path, LLAMA | {count: 1})
+    arguments = by_keywords(model, speculative_model=f"[{method}]", num_speculative_tokens=2)
+    assert arguments.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
+    with pytest.raises(OptionError, match="needs heads"):
+        by_keywords(model, **TREE_OF_HEADS, speculative_model=f"[{method}]")
+
+
+@pytest.mark.parametrize("tree", ["chain", "dynamic:12"])
+@pytest.mark.parametrize("method", ["mtp", "mtp3", "mtp3+ngram"])
+def test_heads_go_to_our_engine(method: str, tree: str, model: str, tmp_path: Path) -> None:
+    arguments = by_keywords(
+        model,
+        speculative_model=f"[{method}]{tmp_path}",
+        num_speculative_tokens=3,
+        speculative_tree=tree,
+    )
+    config = SpecPlusConfig.model_validate(arguments.additional_config["specplus"])
+    assert (config.method, config.num_speculative_tokens) == (method, 3)
+    assert str(config.tree) == tree
 
 
 def test_keys_of_vllm_are_handed_on_for_a_chain(model: str) -> None:
@@ -267,12 +164,18 @@ def test_stock_arguments_are_not_touched(arguments: dict[str, Any]) -> None:
         (OptionError, {**TREE, "speculative_step_costs": "8:1,1:2"}, "step_costs='8:1,1:2' is no"),
         (OptionError, {**TREE, "speculative_config": {WIDTHS: [[1, 9, 2]]}}, "no meaning for a"),
         (OptionError, {"speculative_model": "[ngram]", "speculative_step_costs": "1:5"}, "a chain"),
-        (NotBuiltError, {"speculative_model": "[mtp3]"}, "and trees of [ngram] in the"),
+        (OptionError, {"speculative_model": "[mtp3]"}, "needs heads for"),
+        (OptionError, {"speculative_model": "[mtp]"}, "vllm-specplus train mtp3 --model "),
+        (
+            OptionError,
+            {**TREE, "speculative_model": "[ngram+mtp3]"},
+            "--prompts FILE --out DIR` and",
+        ),
+        (OptionError, {"speculative_config": {"method": "mtp3"}}, "and write '[mtp3]DIR'"),
         (NotBuiltError, {"speculative_model": "[medusa]org/m"}, "chains of [ngram], [mtp]"),
-        (NotBuiltError, {**TREE, "speculative_model": "[ngram+mtp3]"}, "not available yet"),
+        (NotBuiltError, {**TREE, "speculative_model": "[ngram+suffix]"}, "trees of [ngram], [mtp]"),
         (NotBuiltError, {**TREE, "speculative_verify": "typical"}, "use 'auto' or 'match'"),
-        (NotBuiltError, {"speculative_model": "[mtp]", "speculative_verify": "match"}, "'block'"),
-        (NotBuiltError, {"speculative_config": {"method": "mtp3"}}, "not available yet"),
+        (NotBuiltError, {"speculative_model": "[ngram]", "speculative_verify": "match"}, "'block'"),
     ],
 )
 def test_refused(model: str, error: type[Exception], arguments: dict[str, Any], said: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -99,6 +100,13 @@ class RowBudget:
             return [0.0] * len(req_ids)
         self._weights = self._worth(self.cost)
         return (self.cost.min_prob(len(req_ids)) / self._weights).tolist()
+
+    def token_ms(self) -> list[float]:
+        """What a token of each request is worth in this step, in milliseconds."""
+        num_reqs = len(self._paces)
+        if self.cost is None or self._weights is None:
+            return [inf] * num_reqs
+        return (float(self.cost.step_ms(num_reqs)) / num_reqs * self._weights).tolist()
 
     def allocate(
         self,

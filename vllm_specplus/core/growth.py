@@ -32,6 +32,13 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def paths(self) -> list[Path]:
+        """The tokens from the root to each node."""
+        paths: list[Path] = [()]
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            paths.append((*paths[parent], token))
+        return paths[1:]
+
     def tree(self, num_nodes: int) -> Tree:
         return Tree(self.tokens[:num_nodes], self.parents[:num_nodes], QKind.DETERMINISTIC)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from vllm_specplus.core.budget import RowBudget
 
@@ -14,7 +16,8 @@ class StepClock:
     """Times decoding steps from start to start, so that the host's own work between them counts.
 
     A step is reported when the next one starts soon after it ended; otherwise the engine was idle.
-    Sampling is timed apart, as its cost per row depends on what the requests ask for.
+    Sampling is timed apart, as its cost per row depends on what the requests ask for, and so is
+    drafting, which weighs its own cost.
     """
 
     def __init__(self, budget: RowBudget) -> None:
@@ -22,13 +25,13 @@ class StepClock:
         self._row_ms: dict[str, float] = {}
         self._began = self._ended = 0.0
         self._step: tuple[int, bool] | None = None
-        self._sampling_ms = 0.0
+        self._sampling_ms = self._drafting_ms = 0.0
 
     def start(self) -> None:
         now = time.perf_counter()
         if self._step is not None and now - self._ended < _IDLE_SECONDS:
             rows, drafted = self._step
-            ms = 1e3 * (now - self._began) - self._sampling_ms
+            ms = 1e3 * (now - self._began) - self._sampling_ms - self._drafting_ms
             self._budget.observe(rows, ms, drafted)
         self._began, self._step = now, None
 
@@ -42,6 +45,13 @@ class StepClock:
     def row_ms(self, way: str) -> float:
         """What drawing a row costs."""
         return self._row_ms[way]
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """What runs inside is drafting."""
+        began = time.perf_counter()
+        yield
+        self._drafting_ms = 1e3 * (time.perf_counter() - began)
 
     def stop(self, num_rows: int | None, drafted: bool) -> None:
         """The step is over; `num_rows` is None if not all of its rows were decoding."""

@@ -10,6 +10,8 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionCGSupport

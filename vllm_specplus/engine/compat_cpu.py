@@ -6,6 +6,7 @@ Apart from compat.py so that an engine on a GPU loads none of it.
 from __future__ import annotations
 
 import torch
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.sampling_params import SamplingType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,

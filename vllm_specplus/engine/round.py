@@ -125,8 +125,8 @@ class SpecRound:
         """
         least = self.budget.min_probs([request.req_id for request in requests])
         asked = [
-            replace(request, min_prob=prob)
-            for request, prob in zip(requests, least, strict=True)
+            replace(request, min_prob=prob, token_ms=ms)
+            for request, prob, ms in zip(requests, least, self.budget.token_ms(), strict=True)
             if prob < 1 and _may_draft(request)
         ]
         drafts = dict(zip((r.req_id for r in asked), self.proposer.propose(asked), strict=True))

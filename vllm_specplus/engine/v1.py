@@ -36,9 +36,12 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingMetadata,
     SamplingType,
 )
+from vllm_specplus.engine.drafters.mtp import PagedHeads
 from vllm_specplus.engine.round import Moves, SpecRound, Staged
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.mtp import MtpProposer
 
 _MOST_ROWS_TIMED = 128
 """Beyond these rows drafts never pay on a CPU."""
@@ -50,9 +53,17 @@ class TreeDrafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = vllm_config.additional_config["specplus"]
         self.round = SpecRound(SpecPlusConfig.model_validate(options))
+        self.heads: PagedHeads | None = None
+        self._vllm_config = vllm_config
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """The n-gram proposer has no weights."""
+        """Loads the proposer's heads, if it has some."""
+        proposer = self.round.proposer
+        if isinstance(proposer, MtpProposer):
+            checkpoint = load_heads(proposer.path)
+            num_levels = proposer.num_levels(checkpoint.config.num_modules)
+            self.heads = PagedHeads(checkpoint, target_model, self._vllm_config, num_levels)
+            proposer.model = self.heads
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")
@@ -100,6 +111,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             caches = [layers[name].kv_cache for name in group.layer_names]
             distinct = {cache.data_ptr(): cache for cache in caches}.values()
             self._commit_plans[gid] = KVCommitPlan([v for c in distinct for v in vec_kv_views(c)])
+            if self.drafter.heads is not None:
+                self.drafter.heads.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
     def measure_step_costs(self, repeats: int = 3) -> None:
@@ -231,6 +244,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         self._commit_rows([hidden_states, *(aux_hidden_states or ())], step.moves)
         req_ids = self.input_batch.req_ids
         on_path = step.on_path.tolist()
+        self._absorb(hidden_states, sampled_token_ids)
         requests = []
         for index, (req_id, tree) in enumerate(zip(req_ids, step.trees, strict=True)):
             sampled = bool(sampled_token_ids[index])
@@ -238,7 +252,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 rows = [row for row, accepted in enumerate(on_path[index]) if accepted and row]
                 self.round.observe(req_id, tree, rows)
             requests.append(self._draft_request(index, req_id, sampled))
-        drafts = self.round.propose(requests, self._clock.row_ms(step.way))
+        with self._clock.drafting():
+            drafts = self.round.propose(requests, self._clock.row_ms(step.way))
         decoding = bool(step.staged.is_tree.all())
         num_rows = scheduler_output.total_num_scheduled_tokens if decoding else None
         self._clock.stop(num_rows, drafted=bool(self._drafts))
@@ -249,6 +264,15 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         if len(moves):
             for rows in (*hidden_states, self.input_ids.gpu, self.positions):
                 rows[moves.target] = rows[moves.source]
+
+    def _absorb(self, hidden_states: torch.Tensor, sampled_token_ids: list[list[int]]) -> None:
+        """Hands the proposer the hidden states of the positions that are committed now."""
+        starts = self.input_batch.num_computed_tokens_cpu
+        for index, req_id in enumerate(self.input_batch.req_ids):
+            row, end = self.query_start_loc.np[index : index + 2]
+            if sampled_token_ids[index]:
+                end = row + self.input_batch.num_tokens_no_spec[index] - 1 - starts[index]
+            self.round.proposer.absorb(req_id, int(starts[index]), hidden_states[row:end])
 
     def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
         """Bounds of a request's next draft; none for prompt chunks."""
@@ -267,6 +291,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             max_depth=max_depth,
             max_nodes=min(room, self.num_spec_tokens),
             chain_only=fallback(params) == "structured_outputs",
+            index=index,
+            num_slots=0 if self.drafter.heads is None else self.drafter.heads.num_slots(index),
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:

@@ -1,3 +1,4 @@
 """Drafting methods: one file each, registered by name."""
 
-from vllm_specplus.proposers import ngram as ngram  # registers itself
+from vllm_specplus.proposers import mtp as mtp  # they register themselves
+from vllm_specplus.proposers import ngram as ngram

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
+import torch
 
 from vllm_specplus.config import Chain, SpecPlusConfig, StaticTree
 from vllm_specplus.core.growth import Candidates, Path, chain_paths
@@ -22,6 +24,9 @@ class DraftRequest:
     max_depth, max_nodes: bounds for this request in this step (length limits included).
     chain_only: its candidates will be cut to a chain (structured output).
     min_prob: nodes less probable than this cannot pay in this step and need not be proposed.
+    token_ms: what an accepted token is worth, in milliseconds of the engine's time.
+    index: the request's row in the engine's batch. num_slots: KV slots that it owns, from its first
+    position on; drafting may write those behind the committed ones.
     """
 
     req_id: str
@@ -30,6 +35,9 @@ class DraftRequest:
     max_nodes: int
     chain_only: bool = False
     min_prob: float = 0.0
+    token_ms: float = inf
+    index: int = 0
+    num_slots: int = 0
 
 
 class Proposer(ABC):
@@ -51,6 +59,14 @@ class Proposer(ABC):
 
         Must be fast enough to be called every step, and must depend on the arguments and on what
         was observed only, so that every worker proposes alike.
+        """
+
+    def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
+        """Takes the target's hidden states of committed positions `start`, `start + 1`, ...
+
+        hidden_states: [num_positions, hidden_size], after the target's final norm; the engine's
+        own buffer, valid during the call. They come in order, every step, drafts or not; a request
+        that starts anew (preemption) or behind cached positions comes with another `start`.
         """
 
     def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:

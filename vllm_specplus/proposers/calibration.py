@@ -7,13 +7,15 @@ observed over expected hits, so it follows the model, the traffic and the temper
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import exp, log, log2
 
+from vllm_specplus.core.growth import Path
 from vllm_specplus.proposers.ngram_index import LONGEST_MATCH
 
 _CONSTANT, _PER_DOUBLING, _PER_SHARE = -0.70, 0.81, 1.29
 _BY_LENGTH = [0.0] + [_CONSTANT + _PER_DOUBLING * log2(n) for n in range(1, LONGEST_MATCH + 1)]
-_MAX_PROB = 0.999
+MAX_PROB = 0.999
 _LIKELY_SHARE = 0.45
 
 
@@ -33,6 +35,30 @@ class Cell:
         self.expected += self.FORGET * (self.START - self.expected) + prior
 
 
+class Expectations:
+    """What was expected to follow a request's tokens, until they come.
+
+    `at(path)`: token -> (cell to tell the outcome to, its prior), after a path of drafted tokens.
+    """
+
+    def __init__(self) -> None:
+        self._by_path: dict[Path, dict[int, tuple[Cell, float]]] = {}
+
+    def at(self, path: Path) -> dict[int, tuple[Cell, float]]:
+        return self._by_path.setdefault(path, {})
+
+    def settle(self, tokens: Sequence[int]) -> None:
+        """Learns from the tokens that came instead, and starts anew."""
+        path: Path = ()
+        for token in tokens:
+            if path not in self._by_path:
+                break
+            for candidate, (cell, prior) in self._by_path[path].items():
+                cell.observe(prior, candidate == token)
+            path = (*path, token)
+        self._by_path = {}
+
+
 class Calibration:
     """Engine-wide estimate, learned from every request."""
 
@@ -47,4 +73,4 @@ class Calibration:
         """
         prior = 1 / (1 + exp(-_BY_LENGTH[length] - _PER_SHARE * log(share / (1 - share))))
         cell = self._cells[length.bit_length()][share > _LIKELY_SHARE]
-        return min(prior * cell.hits / cell.expected, _MAX_PROB), cell, prior
+        return min(prior * cell.hits / cell.expected, MAX_PROB), cell, prior

@@ -16,7 +16,7 @@ import numpy as np
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
-from vllm_specplus.proposers.calibration import Calibration, Cell
+from vllm_specplus.proposers.calibration import Calibration, Expectations
 from vllm_specplus.proposers.ngram_index import LONGEST_MATCH, NgramIndex
 from vllm_specplus.proposers.registry import register
 
@@ -25,14 +25,15 @@ MAX_OCCURRENCES = 16
 
 Voter = tuple[int, int, Sequence[int]]
 """Match length, weight and what followed the match."""
-Estimates = dict[int, tuple[Cell, float]]
 
 
 class Votes:
-    """`expand` for `grow`, which keeps its estimates to learn from them later."""
+    """`expand` for `grow`, which notes its estimates to learn from them later."""
 
-    def __init__(self, calibration: Calibration, voters: Sequence[Voter]) -> None:
-        self.estimates: dict[Path, Estimates] = {}
+    def __init__(
+        self, calibration: Calibration, voters: Sequence[Voter], expectations: Expectations
+    ) -> None:
+        self._expectations = expectations
         self._calibration = calibration
         self._voters: dict[Path, Sequence[Voter]] = {(): voters}
 
@@ -46,11 +47,11 @@ class Votes:
         longest = max(voters)[0]
         length = min(longest + depth, LONGEST_MATCH)
         total = (1 << longest) + sum(weight for _, weight, _ in voters)
-        estimates = self.estimates[path] = {}
+        expected = self._expectations.at(path)
         for token, chosen in by_token.items():
             share = sum(weight for _, weight, _ in chosen) / total
             prob, cell, prior = self._calibration.estimate(length, share)
-            estimates[token] = cell, prior
+            expected[token] = cell, prior
             self._voters[(*path, token)] = chosen
             yield token, log(prob)
 
@@ -60,18 +61,11 @@ class _RequestState:
 
     def __init__(self, config: SpecPlusConfig) -> None:
         self.index = NgramIndex(config.ngram_prompt_lookup_min, config.ngram_prompt_lookup_max)
-        self.estimates: dict[Path, Estimates] = {}
+        self.expectations = Expectations()
 
     def update(self, token_ids: np.ndarray) -> None:
         """Takes in what was appended, and learns from what had been expected there."""
-        path: Path = ()
-        for token in self.index.update(token_ids):
-            if path not in self.estimates:
-                break
-            for candidate, (cell, prior) in self.estimates[path].items():
-                cell.observe(prior, candidate == token)
-            path = (*path, token)
-        self.estimates = {}
+        self.expectations.settle(self.index.update(token_ids))
 
     def voters(self, depth: int) -> list[Voter]:
         """Earlier matches and the `depth` tokens after each, alike continuations merged.
@@ -104,16 +98,19 @@ class NgramProposer(Proposer):
     def forget(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
 
-    def _propose(self, request: DraftRequest) -> Candidates:
+    def votes(self, request: DraftRequest) -> Votes | None:
+        """Takes in what was appended, and what earlier matches say comes next; None for nothing."""
         state = self._requests.get(request.req_id)
         if state is None:
             state = self._requests[request.req_id] = _RequestState(self.config)
         state.update(request.token_ids)
         voters = state.voters(request.max_depth)
-        if not voters:
+        return Votes(self._calibration, voters, state.expectations) if voters else None
+
+    def _propose(self, request: DraftRequest) -> Candidates:
+        votes = self.votes(request)
+        if votes is None:
             return Candidates()
-        votes = Votes(self._calibration, voters)
-        state.estimates = votes.estimates
         return grow(
             votes, request.max_nodes, request.max_depth, request.min_prob, self.paths(request)
         )

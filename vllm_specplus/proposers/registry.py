@@ -1,4 +1,7 @@
-"""The drafting methods by name: one dict and one decorator."""
+"""The drafting methods by name: one dict and one decorator.
+
+Methods that draft one tree together have one entry, under `SpecPlusConfig.method`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from vllm_specplus.proposers.base import Proposer
 PROPOSERS: dict[str, type[Proposer]] = {}
 
 
-def register(name: str) -> Callable[[type[Proposer]], type[Proposer]]:
-    """Class decorator that makes a proposer available as method `name`."""
+def register(*names: str) -> Callable[[type[Proposer]], type[Proposer]]:
+    """Class decorator that makes a proposer available as these methods."""
 
     def bind(cls: type[Proposer]) -> type[Proposer]:
-        PROPOSERS[name] = cls
+        PROPOSERS.update(dict.fromkeys(names, cls))
         return cls
 
     return bind
@@ -23,12 +26,11 @@ def register(name: str) -> Callable[[type[Proposer]], type[Proposer]]:
 
 def create(config: SpecPlusConfig) -> Proposer:
     """The proposer of the configured method; raises NotBuiltError where there is none."""
-    names = [spec.name for spec in config.methods]
-    if len(names) == 1 and names[0] in PROPOSERS:
-        return PROPOSERS[names[0]](config)
+    if proposer := PROPOSERS.get(config.method):
+        return proposer(config)
     raise not_built(
         "speculative_model",
         config.speculative_model,
-        "asks for several methods at once" if len(names) > 1 else "has no trees of its own yet",
+        "has no trees of its own yet",
         f"available with trees: {', '.join(f'[{name}]' for name in sorted(PROPOSERS))}",
     )

@@ -22,6 +22,9 @@ SUPPORTED = ">=0.32,<0.34"
 _OLDEST, _TOO_NEW = (0, 32), (0, 34)
 
 
+MODULE_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""Where config.json files count a model's own MTP modules."""
+
 HOST_METHODS: dict[str, str] = {
     "CPUWorker.init_device": "",
     "Worker.execute_model": "scheduler_output",
@@ -45,6 +48,10 @@ HOST_METHODS: dict[str, str] = {
     "CPUAttentionBackend.get_builder_cls": "",
     "CPUAttentionMetadataBuilder._set_isa_to_layers": "layer_names",
     "CPUAttentionBackendImpl.forward": "layer query key value kv_cache attn_metadata output",
+    "CPUAttentionBackendImpl.do_kv_cache_update": "layer key value kv_cache slot_mapping",
+    "Attention.__init__": "num_heads head_size scale num_kv_heads prefix",
+    "VocabParallelEmbedding.forward": "input_",
+    "dispatch_cpu_unquantized_gemm": "layer remove_weight",
     "cpu_worker.CPUModelRunner": "vllm_config device",
     "selector._cached_get_attn_backend.cache_clear": "",
 }
@@ -113,8 +120,7 @@ class Engine:
 
     method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
     paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
-    trunks: methods of vLLM whose chains n-gram trees can grow
-    around.
+    methods: `SpecPlusConfig.method` of what it drafts with.
     """
 
     name: str
@@ -123,7 +129,7 @@ class Engine:
     drafter_cls: str
     compat: tuple[str, ...]
     hooks: dict[str, str]
-    trunks: tuple[str, ...]
+    methods: tuple[str, ...]
 
 
 CPU_ENGINE = Engine(
@@ -133,7 +139,7 @@ CPU_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
     compat=("compat.py", "compat_cpu.py"),
     hooks=HOST_METHODS,
-    trunks=(),
+    methods=("ngram", "mtp", "mtp3", "mtp+ngram", "mtp3+ngram"),
 )
 V2_ENGINE = Engine(
     name="v2",
@@ -142,7 +148,7 @@ V2_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
-    trunks=("draft", "eagle", "eagle3", "mtp"),
+    methods=("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram"),
 )
 V2_CPU_ENGINE = replace(
     V2_ENGINE,
@@ -180,6 +186,15 @@ def native_rules() -> tuple[str, ...]:
     from vllm.config.speculative import RejectionSampleMethod
 
     return get_args(RejectionSampleMethod)
+
+
+def num_mtp_modules(model: str) -> int:
+    """MTP modules in the model's own checkpoint, as its config.json counts them."""
+    from transformers import PretrainedConfig
+
+    fields, _ = PretrainedConfig.get_config_dict(model)
+    fields |= fields.get("text_config") or {}
+    return max(fields.get(name) or 0 for name in MODULE_COUNTS)
 
 
 def check_version(version: str | None) -> None:

@@ -27,6 +27,7 @@ from vllm_specplus.startup.host import (
     Engine,
     native_methods,
     native_rules,
+    num_mtp_modules,
     tree_engine,
 )
 
@@ -137,15 +138,14 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
     config, others = read(result["speculative_config"])
-    native = [METHODS[spec.name].native for spec in config.methods]
-    if isinstance(config.tree, Chain) and len(native) == 1 and native[0]:
+    if _is_native(config, str(result.get("model"))):
         result["speculative_config"] = native_config(config, config.methods[0]) | others
         return result, () if config.verify == "auto" else ("checks",)
     engine = tree_engine()
-    _check_built(config, engine)
+    _check_built(config, engine, str(result.get("model")))
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
-    trunks = [spec for spec in config.methods if spec.name != "ngram"]
-    if trunks:
+    trunks = [spec for spec in config.methods if METHODS[spec.name].native and spec.name != "ngram"]
+    if trunks and engine is not CPU_ENGINE:
         chain = native_config(config.model_copy(update={"verify": "auto"}), trunks[0])
         if config.verify in DRAWN_RULES:
             chain["draft_sample_method"] = "probabilistic"
@@ -161,6 +161,32 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     additional = dict(result.get("additional_config") or {})
     _set(additional, "specplus", config.model_dump(mode="json"), unset=None)
     return result | {"additional_config": additional}, for_trees
+
+
+def _is_native(config: SpecPlusConfig, model: str) -> bool:
+    """Whether vLLM itself runs what is asked for: a chain, without heads of ours."""
+    if not isinstance(config.tree, Chain) or len(config.methods) > 1:
+        return False
+    (spec,) = config.methods
+    if METHODS[spec.name].heads:
+        return spec.model is None and num_mtp_modules(model) > 0
+    return METHODS[spec.name].native is not None
+
+
+def _check_heads(config: SpecPlusConfig, engine: Engine, model: str) -> None:
+    """Raises OptionError for MTP without heads on a model without modules of its own, and where
+    the engine does not grow trees of the model's own."""
+    for spec in config.methods:
+        if not METHODS[spec.name].heads or spec.model is not None:
+            continue
+        if engine is CPU_ENGINE or not num_mtp_modules(model):
+            raise bad_option(
+                "speculative_model",
+                config.speculative_model,
+                f"with speculative_tree={str(config.tree)!r} needs heads for {model!r}",
+                f"train them with `vllm-specplus train mtp3 --model {model} --prompts FILE --out "
+                f"DIR` and write '{config.speculative_model}DIR'",
+            )
 
 
 def _widths(
@@ -223,8 +249,9 @@ def _local_path(model: Any) -> Any:
 
 def native_config(config: SpecPlusConfig, spec: MethodSpec) -> dict[str, Any]:
     """vLLM's own speculative_config for a chain of one of its methods."""
+    own = METHODS[spec.name]
     native: dict[str, Any] = {
-        "method": METHODS[spec.name].native,
+        "method": METHODS["mtp"].native if own.heads else own.native,
         "num_speculative_tokens": config.num_speculative_tokens,
     }
     if spec.model is not None:
@@ -249,22 +276,24 @@ def _native_rule(verify: str) -> str:
     return _NATIVE_RULES[verify]
 
 
-def _check_built(config: SpecPlusConfig, engine: Engine) -> None:
+def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
     """Raises for what the engine does not have."""
-    from vllm_specplus.proposers.registry import PROPOSERS  # imports all of them
-
-    names = sorted(spec.name for spec in config.methods)
-    built = [[name] for name in PROPOSERS] + [sorted([name, "ngram"]) for name in engine.trunks]
-    if isinstance(config.tree, Chain) or names not in built:
-        chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
-        trees = ", ".join(f"[{'+'.join(sorted(names, key='ngram'.__eq__))}]" for names in built)
+    _check_heads(config, engine, model)
+    chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
+    trees = ", ".join(f"[{name}]" for name in engine.methods)
+    heads = [spec.model for spec in config.methods if METHODS[spec.name].heads and spec.model]
+    chain = isinstance(config.tree, Chain) and not heads
+    unknown = config.method not in engine.methods or (heads and engine is not CPU_ENGINE)
+    if chain or unknown:
         raise not_built(
             "speculative_model",
             config.speculative_model,
-            f"with speculative_tree={str(config.tree)!r} is not available yet",
-            f"there are chains of {chains}, and trees of {trees} in the engine {engine.name}",
+            f"with speculative_tree={str(config.tree)!r} is not available in the engine "
+            f"{engine.name}",
+            f"there are chains of {chains}, and static and dynamic trees of {trees}",
         )
-    rules = TREE_RULES + (DRAWN_RULES if len(names) > 1 else ())
+    drawn = len(config.methods) > 1 and engine is not CPU_ENGINE
+    rules = TREE_RULES + (DRAWN_RULES if drawn else ())
     if config.verify not in rules:
         raise not_built(
             "speculative_verify",

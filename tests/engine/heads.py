@@ -1,0 +1,49 @@
+"""Tiny MTP heads for the tiny models: random ones, which draft nonsense, and fitted ones."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from tests.engine.engines import model_path
+from tests.engine.models import VOCAB_SIZE
+from tests.proposers.heads.heads import config, modules
+from tests.train.tiny import corpus_of, load_teacher, on_itself, trainer_of, write_samples
+from vllm_specplus.proposers.heads.checkpoint import save_heads
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=128,
+)
+FIRST_DRAFTED = 3
+"""The draft vocabulary leaves the tokens before this one out."""
+
+
+@cache
+def random_path(**fields: Any) -> str:
+    """Random heads for the tiny models."""
+    path = mkdtemp(prefix="specplus-heads-")
+    draft_vocab = torch.arange(FIRST_DRAFTED, VOCAB_SIZE)
+    heads = config(**SIZES | fields, draft_vocab_size=len(draft_vocab))
+    save_heads(path, heads, modules(heads), draft_vocab)
+    return path
+
+
+@cache
+def fitted(model: str, **fields: Any) -> tuple[str, list[list[int]]]:
+    """Heads that know eight greedy texts of a model by heart, and these texts."""
+    teacher = load_teacher(model_path(model))
+    samples = write_samples(teacher, num=8, length=40)
+    folder = Path(mkdtemp(prefix=f"specplus-fitted-{model}-"))
+    corpus = corpus_of(on_itself(samples), teacher, folder)
+    trainer = trainer_of(corpus, folder, fields, learning_rate=1e-2, max_tokens=250 * 8 * 40)
+    trainer.run()
+    trainer.heads.save(folder / "heads", None, {})
+    return str(folder / "heads"), [sample.token_ids for sample in samples]

@@ -1,0 +1,48 @@
+"""Rows of a level: positions, and who sees whom.
+
+Sabotages that were caught: committed rows that see the row behind them, nodes that see the node
+before them instead of their parent, nodes one position too far.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_specplus.proposers.levels import RequestRows
+
+
+def rows(start: int, num_known: int, parents: list[int], depths: list[int]) -> RequestRows:
+    tokens = [0] * (num_known + len(parents))
+    return RequestRows(0, start, num_known, tokens, parents, depths, torch.zeros(len(tokens), 1))
+
+
+def visible(each: RequestRows) -> list[list[int]]:
+    """Per row the KV slots that it sees."""
+    return [
+        [
+            *range(window.context_len),
+            *(window.context_len + bit for bit in range(64) if mask >> bit & 1),
+        ]
+        for window in each.windows()
+        for mask in window.masks
+    ]
+
+
+def test_committed_rows_are_causal_across_windows() -> None:
+    each = rows(start=5, num_known=150, parents=[], depths=[])
+    assert each.positions().tolist() == list(range(5, 155))
+    assert visible(each) == [list(range(position + 1)) for position in range(5, 155)]
+
+
+def test_nodes_see_what_is_committed_and_their_path() -> None:
+    each = rows(start=4, num_known=2, parents=[-1, -1, 0, 0, 1, 3], depths=[1, 1, 2, 2, 2, 3])
+    assert each.positions().tolist() == [4, 5, 6, 6, 7, 7, 7, 8]
+    committed = [0, 1, 2, 3, 4, 5]
+    paths = [[6], [7], [6, 8], [6, 9], [7, 10], [6, 9, 11]]
+    assert visible(each)[2:] == [committed + path for path in paths]
+
+
+def test_nodes_alone() -> None:
+    each = rows(start=3, num_known=0, parents=[-1, 0], depths=[1, 2])
+    assert each.positions().tolist() == [3, 4]
+    assert visible(each) == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]

@@ -1,0 +1,61 @@
+"""Two sources in one tree; what the modules draft is tested in tests/engine/test_mtp.py.
+
+Sabotages that were caught: duplicates kept apart, one cell for all sources, outcomes that are not
+learned, n-grams asked after a token that they have not proposed, a frontier
+beyond the slots.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import numpy as np
+import pytest
+
+from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.proposers.mtp import SourceCells, _Draft, _Request
+
+MATCHES = {(): {5: 0.4, 9: 0.3}, (5,): {6: 0.5}, (9,): {}, (5, 6): {}}
+
+
+def ngrams(path):
+    """Stands where Votes does; like these, it knows nothing of paths that it did not propose."""
+    return [(token, log(prob)) for token, prob in MATCHES[path].items()]
+
+
+def draft(cells: SourceCells, state: _Request) -> _Draft:
+    request = DraftRequest("0", np.array([1, 2], np.int32), 3, 8, num_slots=64)
+    draft = _Draft(request, state, cells, ngrams, None, chained=True)  # type: ignore[arg-type]
+    draft.branch(0, [{5: 0.5, 7: 0.3}])
+    return draft
+
+
+def new_state() -> _Request:
+    return _Request(1, [1], [[]])
+
+
+def test_a_token_of_both_sources_is_one_candidate() -> None:
+    grown = draft(SourceCells(), new_state()).grow(3)
+    found = dict(zip(grown.paths(), grown.probs, strict=True))
+    assert found == pytest.approx({(5,): 0.7, (9,): 0.3, (7,): 0.3, (5, 6): 0.35})
+
+
+def test_each_source_learns_what_it_is_worth() -> None:
+    cells, state = SourceCells(), new_state()
+    for _ in range(300):
+        draft(cells, state).grow(3)
+        state.expectations.settle([9, 1])
+    grown = draft(cells, state).grow(1)
+    found = dict(zip(grown.paths(), grown.probs, strict=True))
+    assert found[9,] > 0.6
+    assert found[5,] < 0.35 and found[7,] < 0.1
+
+
+def test_the_frontier_and_its_ancestors_fit_the_slots() -> None:
+    state = new_state()
+    request = DraftRequest("0", np.array([1, 2], np.int32), 3, 8, num_slots=2)
+    narrow = _Draft(request, state, SourceCells(), None, None, chained=True)
+    narrow.branch(0, [{5: 0.5, 7: 0.2, 8: 0.1}])
+    assert narrow.nodes == list(narrow.frontier) == [(5,), (7,)]
+    narrow.branch(1, [{3: 0.5}, {4: 0.5}])
+    assert narrow.nodes == [(5,), (5, 3)] and list(narrow.frontier) == [(5, 3)]

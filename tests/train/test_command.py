@@ -1,0 +1,127 @@
+"""The whole command on a tiny model: vLLM writes the text, heads are trained, measured and served
+from the folder.
+
+Sabotages that were caught: text written anew on the second call, held-out prompts trained on,
+greedy text in place of the mix, the draft vocabulary's least frequent tokens, Ctrl-C not heard or
+its handler left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tests.engine.models import BUILDERS, WORDS, save
+from tests.train.tiny import load_teacher, write_samples
+from vllm_specplus.cli import main
+from vllm_specplus.proposers.heads.checkpoint import check_fits, load_heads
+from vllm_specplus.train import command
+from vllm_specplus.train.text import TextFile
+from vllm_specplus.train.trainer import HeadsTrainer
+
+NUM_PROMPTS, TEXT_TOKENS = 12, 2500
+
+
+def train(folder: Path, *options: str, out: str = "out") -> Result:
+    given = ["--model", folder / "model", "--prompts", folder / "p.jsonl", "--out", folder / out]
+    sizes = "--prompt-tokens 12 --new-tokens 20 --draft-vocab 200 --head-rows 100 --fp32".split()
+    arguments = [*map(str, given), *sizes, "--text-tokens", str(TEXT_TOKENS), *options]
+    return CliRunner().invoke(main, ["train", "mtp3", *arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    save(BUILDERS["llama"](), folder / "model")
+    rows = [
+        {"prompt": " ".join(WORDS[i : i + 9]), "kind": "even" if i % 2 else "odd"}
+        for i in range(NUM_PROMPTS)
+    ]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.slow
+def test_one_command(folder: Path) -> None:
+    result = train(folder, "--tokens", "4000", "--int8")
+    assert result.exit_code == 0, result.output
+    out = folder / "out"
+    assert f'--speculative-model "[mtp3]{out}" --num-speculative-tokens 3' in result.output
+    heads = load_heads(out)
+    check_fits(heads, hidden_size=64, vocab_size=448)
+    assert heads.config.draft_vocab_size == 200 and heads.config.target == str(folder / "model")
+    assert heads.config.training["token_passes"] >= 4000
+    report = json.loads((out / "report.json").read_text())
+    assert report["acceptance"]["all"]["rounds"] == 17  # a root, then 3 drafts, in 20 tokens
+    assert 0.05 < report["acceptance"]["all"]["top"]["1"][0] <= 1
+    assert "| all |" in (out / "report.md").read_text()
+    assert (out / "report.png").stat().st_size > 10_000
+
+    samples = TextFile(out / "text.jsonl", str(folder / "model")).samples
+    measured = [s for s in samples if s.held_out]
+    trained = [s for s in samples if not s.held_out]
+    assert len(measured) == 1 and sum(len(s.token_ids) for s in trained) >= TEXT_TOKENS
+    prompts = {tuple(s.token_ids[: s.prompt_len]) for s in trained}
+    assert tuple(measured[0].token_ids[: measured[0].prompt_len]) not in prompts
+    assert len(prompts) == NUM_PROMPTS - 1 < len({tuple(s.token_ids) for s in trained})
+
+    counts = dict.fromkeys(range(448), 0)
+    for sample in trained:
+        for token in sample.token_ids[sample.prompt_len :]:
+            counts[token] += 1
+    assert heads.draft_vocab is not None
+    kept = [counts[token] for token in heads.draft_vocab.tolist()]
+    assert kept == sorted(counts.values(), reverse=True)[:200]
+
+
+@pytest.mark.slow
+def test_a_second_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a higher limit it trains on, over the same text: vLLM is not asked again."""
+    train(folder, "--tokens", "4000", "--int8")
+    before = load_heads(folder / "out").config.training
+    written = (folder / "out/text.jsonl").read_bytes()
+    monkeypatch.setattr(command, "Writer", None)
+    result = train(folder, "--tokens", "6000", "--int8")
+    assert result.exit_code == 0, result.output
+    after = load_heads(folder / "out").config.training
+    assert before["token_passes"] < 6000 <= after["token_passes"]
+    assert after["steps"] > before["steps"] > 0
+    assert (folder / "out/text.jsonl").read_bytes() == written
+    refused = train(folder, "--tokens", "6000", "--seed", "3")
+    assert refused.exit_code == 2
+    assert "Error: out=" in refused.output and "was trained with seed 0" in refused.output
+
+
+def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over text that is there already, without vLLM: two steps, Ctrl-C in the second, and on."""
+    (folder / "stopped").mkdir()
+    samples = write_samples(load_teacher(folder / "model"), 80, 32)
+    samples[0] = samples[0].model_copy(update={"held_out": True})
+    TextFile(folder / "stopped/text.jsonl", str(folder / "model")).add(samples)
+    monkeypatch.setattr(command, "Writer", None)
+    step = HeadsTrainer._step
+
+    def step_and_interrupt(trainer: HeadsTrainer) -> None:
+        step(trainer)
+        if trainer.progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(HeadsTrainer, "_step", step_and_interrupt)
+    stopped = train(folder, "--tokens", "1000", out="stopped")
+    assert stopped.exit_code == 130, stopped.output
+    assert "Stopped; the same command goes on" in stopped.output
+    assert not (folder / "stopped/config.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(folder, "--tokens", "1000", out="stopped").exit_code == 0
+    assert load_heads(folder / "stopped").config.training["steps"] == 4  # of 8 x 32 tokens
+
+
+def test_errors_are_one_line(folder: Path) -> None:
+    result = train(folder, "--start", str(folder / "nothing"))
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: heads=") and result.output.count("\n") == 1
+    assert not (folder / "nothing").exists()

@@ -1,0 +1,1 @@
+"""Drafters with weights, between vLLM's runners and the trees that grow from them."""

@@ -1,0 +1,1 @@
+"""Trained heads: their checkpoints and their torch modules."""

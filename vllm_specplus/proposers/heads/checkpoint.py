@@ -1,0 +1,294 @@
+"""The file format of trained MTP heads: a folder with config.json and model.safetensors.
+
+Tensors, in float32, bfloat16 or float16 (k counts the stored modules; tied heads store only 0):
+
+    mtp.{k}.{name}          as `module_shapes` lists them; the head is the target's own
+    draft_vocab             integers [draft_vocab_size]: target ids, most frequent first, if reduced
+
+A matrix may be int8, symmetric per row, with `{name}_scale`, float32 [rows], beside it.
+Module k (from 0) takes, at position t, a hidden state of t and the embedding of token t+k+1 (times
+`embed_scale`), attends to its own rows up to t with RoPE position t, and predicts token t+k+2.
+Hidden states are those after the target's final norm; a module's own is its final norm's output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from vllm_specplus.errors import OptionError, bad_option
+from vllm_specplus.proposers.heads import speculators
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_WAY_OUT = "give the folder or hub id of heads that `vllm-specplus train mtp3` wrote"
+_HASHED_ROWS = 256
+
+
+class HeadsConfig(BaseModel):
+    """What config.json says of the heads; `training` is free-form provenance."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: Literal["specplus_mtp"] = "specplus_mtp"
+    architectures: tuple[str, ...] = ("SpecPlusMTP",)
+    target: str = Field(description="name of the model that the heads were trained for")
+    embedding_sha256: str | None = Field(
+        default=None, description="`embedding_sha256` of that model, None if it was not kept"
+    )
+    num_modules: PositiveInt = Field(description="depths; past the last its module goes on")
+    tied: bool = Field(description="one set of weights at all depths")
+    hidden_state_from: Literal["previous", "target"] = Field(
+        description="module k takes the hidden state of module k-1, or all take the target's"
+    )
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate_size: PositiveInt
+    hidden_act: str
+    rope_theta: PositiveFloat
+    rms_norm_eps: PositiveFloat
+    norm_adds_one: bool = Field(default=False, description="gains are stored less 1, as in Gemma")
+    sandwich_norms: bool = Field(
+        default=False, description="attention and MLP are normed before and after, as in Gemma"
+    )
+    qk_norm: bool = Field(default=False, description="queries and keys are normed per head")
+    attention_bias: bool = Field(default=False, description="qkv_proj has a bias, as in Qwen2")
+    embed_scale: PositiveFloat = Field(default=1.0, description="factor on embedding rows")
+    draft_vocab_size: PositiveInt | None = Field(
+        default=None, description="rows of the reduced head, None for the whole vocabulary"
+    )
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def num_stored(self) -> int:
+        """Modules in the file."""
+        return 1 if self.tied else self.num_modules
+
+
+def module_shapes(config: HeadsConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one module's tensors.
+
+    `qkv_proj` is queries, keys, values by rows and `gate_up_proj` gate, up; `eh_proj` takes
+    [norm(embedding), norm(hidden)] in this order (DeepSeek-V3, 2024, arXiv 2412.19437). Without
+    sandwich norms `post_attention_layernorm` comes before the MLP, with them after the attention.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    qkv = queries + 2 * config.num_key_value_heads * config.head_dim
+    norms = ["enorm", "hnorm", "input_layernorm", "post_attention_layernorm", "final_norm"]
+    if config.sandwich_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    shapes: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in norms}
+    if config.qk_norm:
+        shapes |= {f"self_attn.{norm}.weight": (config.head_dim,) for norm in ("q_norm", "k_norm")}
+    if config.attention_bias:
+        shapes["self_attn.qkv_proj.bias"] = (qkv,)
+    return shapes | {
+        "eh_proj.weight": (hidden, 2 * hidden),
+        "self_attn.qkv_proj.weight": (qkv, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_up_proj.weight": (2 * inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsCheckpoint:
+    """Loaded heads, on the CPU. draft_vocab: int64 [draft_vocab_size], None for all tokens."""
+
+    path: str
+    config: HeadsConfig
+    draft_vocab: Tensor | None
+    tensors: Mapping[str, Tensor]
+
+    def module(self, depth: int) -> dict[str, Tensor]:
+        """The tensors of the module that drafts at `depth` (from 0), by the names of
+        `module_shapes`; int8 matrices as float32, others as stored."""
+        stored = min(depth, self.config.num_stored - 1)
+        return {
+            name: _dequantize(self.tensors, f"mtp.{stored}.{name}")
+            for name in module_shapes(self.config)
+        }
+
+
+def load_heads(path: str | os.PathLike[str]) -> HeadsCheckpoint:
+    """Reads heads, also in the format of the `speculators` library, and checks every tensor.
+
+    path: a folder, or an id on the Hugging Face hub. Raises OptionError: what is missing, corrupted
+    or does not fit config.json.
+    """
+    name = os.fspath(path)
+    folder = _folder(name)
+    fields = _read_config(folder / CONFIG, name)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise bad_option("heads", name, f"has no {WEIGHTS}", _WAY_OUT) from None
+    except (SafetensorError, OSError) as error:
+        raise bad_option("heads", name, f"cannot be read ({error})", "fetch it again") from None
+    if speculators.is_one(fields):
+        fields, tensors = speculators.convert(fields, tensors)
+    try:
+        config = HeadsConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise bad_option(
+            "heads", name, f"has a {CONFIG} where {where!r} is wrong ({first['msg']})", _WAY_OUT
+        ) from None
+    draft_vocab = tensors.pop("draft_vocab", None)
+    checkpoint = HeadsCheckpoint(
+        name, config, None if draft_vocab is None else draft_vocab.long(), tensors
+    )
+    _check(checkpoint)
+    return checkpoint
+
+
+def save_heads(
+    path: str | os.PathLike[str],
+    config: HeadsConfig,
+    modules: Sequence[Mapping[str, Tensor]],
+    draft_vocab: Tensor | None = None,
+    *,
+    int8: bool = False,
+) -> None:
+    """Writes heads; a reader finds the old files or the new ones, never half of one.
+
+    modules: `config.num_stored` of them, by the names of `module_shapes`. int8: matrices as int8.
+    Raises OptionError for what `load_heads` would refuse.
+    """
+    folder = Path(path)
+    tensors: dict[str, Tensor] = {}
+    for number, module in enumerate(modules):
+        for name, tensor in module.items():
+            tensor = tensor.detach().cpu().contiguous()
+            tensors |= _stored(f"mtp.{number}.{name}", tensor, int8 and tensor.dim() == 2)
+    _check(HeadsCheckpoint(str(path), config, draft_vocab, tensors))
+    if draft_vocab is not None:
+        tensors["draft_vocab"] = draft_vocab.to("cpu", torch.int32).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    partial.write_bytes(save(tensors, metadata={"format": "pt"}))
+    partial.replace(folder / WEIGHTS)
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(config.model_dump_json(indent=2) + "\n")
+    partial.replace(folder / CONFIG)
+
+
+def check_fits(checkpoint: HeadsCheckpoint, hidden_size: int, vocab_size: int) -> None:
+    """Raises OptionError, naming the sizes, where the heads cannot serve a target of these."""
+    config, vocab = checkpoint.config, checkpoint.draft_vocab
+    way_out = f"they were trained for {config.target}: serve that, or train heads for this model"
+    if config.hidden_size != hidden_size:
+        reason = f"have hidden_size {config.hidden_size}, but the model has {hidden_size}"
+        raise bad_option("heads", checkpoint.path, reason, way_out)
+    if vocab is not None and int(vocab.max()) >= vocab_size:
+        reason = f"draft token {int(vocab.max())}, but the model has {vocab_size} tokens"
+        raise bad_option("heads", checkpoint.path, reason, way_out)
+
+
+def embedding_sha256(embedding: Tensor) -> str:
+    """SHA-256 of an embedding's first 256 rows in bfloat16: says which target heads are for.
+
+    embedding: [vocab_size or more, hidden_size], of any floating dtype.
+    """
+    rows = embedding[:_HASHED_ROWS].detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        reason = f"is no folder, and the hub has no such heads ({type(error).__name__})"
+        raise bad_option("heads", name, reason, _WAY_OUT) from None
+
+
+def _read_config(file: Path, name: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise bad_option("heads", name, f"has no {CONFIG}", _WAY_OUT) from None
+    except ValueError as error:
+        raise bad_option(
+            "heads", name, f"has a {CONFIG} that is no JSON ({error})", _WAY_OUT
+        ) from None
+    if not isinstance(fields, dict):
+        raise bad_option("heads", name, f"has a {CONFIG} that is no object", _WAY_OUT)
+    return fields
+
+
+def _check(checkpoint: HeadsCheckpoint) -> None:
+    """Raises OptionError unless the tensors are those of the config, finite and of its shapes."""
+    config, tensors, name = checkpoint.config, checkpoint.tensors, checkpoint.path
+    expected = {
+        f"mtp.{number}.{part}": shape
+        for number in range(config.num_stored)
+        for part, shape in module_shapes(config).items()
+    }
+    scales = {
+        f"{part}_scale"
+        for part, shape in expected.items()
+        if len(shape) == 2 and part in tensors and tensors[part].dtype == torch.int8
+    }
+    if unequal := expected.keys() - tensors.keys() | scales - tensors.keys():
+        raise _corrupted(name, f"lack the tensor {min(unequal)!r}")
+    if unequal := tensors.keys() - expected.keys() - scales:
+        raise _corrupted(name, f"have a tensor {min(unequal)!r} that {CONFIG} does not speak of")
+    for part, tensor in tensors.items():
+        shape = expected[part] if part in expected else expected[part.removesuffix("_scale")][:1]
+        if tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape)
+            raise _corrupted(
+                name, f"have {part!r} of shape {found} where {CONFIG} asks for {shape}"
+            )
+        if not tensor.is_floating_point() and f"{part}_scale" not in scales:
+            raise _corrupted(name, f"have {part!r} as {tensor.dtype}, where a float belongs")
+        if not torch.isfinite(tensor).all():
+            raise _corrupted(name, f"have NaN or infinity in {part!r}")
+    _check_draft_vocab(checkpoint)
+
+
+def _check_draft_vocab(checkpoint: HeadsCheckpoint) -> None:
+    size, vocab = checkpoint.config.draft_vocab_size, checkpoint.draft_vocab
+    found = None if vocab is None else len(vocab)
+    if found != size:
+        raise _corrupted(checkpoint.path, f"have a draft_vocab of {found}, {CONFIG} says {size}")
+    if vocab is not None and (int(vocab.min()) < 0 or len(vocab.unique()) < len(vocab)):
+        raise _corrupted(checkpoint.path, "have a draft_vocab with negative or repeated ids")
+
+
+def _corrupted(name: str, what: str) -> OptionError:
+    return bad_option("heads", name, what, "the file is damaged or its config is; fetch it again")
+
+
+def _stored(name: str, tensor: Tensor, int8: bool) -> dict[str, Tensor]:
+    """The tensor as it goes to the file: int8 with the scale of each row, or as it is."""
+    if not int8:
+        return {name: tensor}
+    scale = tensor.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return {name: (tensor.float() / scale[:, None]).round().to(torch.int8), f"{name}_scale": scale}
+
+
+def _dequantize(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = tensors[name]
+    if tensor.dtype == torch.int8:
+        return tensor.float() * tensors[f"{name}_scale"][:, None]
+    return tensor

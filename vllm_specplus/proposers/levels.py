@@ -1,0 +1,82 @@
+"""What a drafting model with a KV cache of its own is asked for: one forward pass per level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from vllm_specplus.core.tree import WORD_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """One request's rows in a level: `num_known` committed positions, then nodes of its draft.
+
+    index: its row in the engine's batch. start: the first position, up to which the module has keys
+    and values; the rows lie in KV slots `start`, `start + 1`, ... tokens: one per row. parents,
+    depths: per node, the node above it (-1: none) and its depth, from 1 on. hidden_states:
+    [num_rows, hidden_size].
+    """
+
+    index: int
+    start: int
+    num_known: int
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    depths: Sequence[int]
+    hidden_states: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def positions(self) -> torch.Tensor:
+        """RoPE positions, int64 [num_rows]: nodes of depth 1 stand behind the committed rows."""
+        end = self.start + self.num_known
+        nodes = torch.tensor(self.depths, dtype=torch.int64) + (end - 1)
+        return torch.cat([torch.arange(self.start, end), nodes])
+
+    def windows(self) -> Iterator[Window]:
+        """The rows in runs that one ancestor word covers: committed ones are causal, nodes see
+        all committed rows and their own path."""
+        for first in range(0, self.num_known, WORD_BITS):
+            length = min(WORD_BITS, self.num_known - first)
+            yield Window(self.start + first, [(2 << row) - 1 for row in range(length)])
+        if self.parents:
+            paths: list[int] = []
+            for node, parent in enumerate(self.parents):
+                paths.append((paths[parent] if parent >= 0 else 0) | 1 << node)
+            yield Window(self.start + self.num_known, paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows that lie side by side in KV slots `context_len`, `context_len + 1`, ...
+
+    A row sees all slots before these, and the row of each set bit in its word of `masks`.
+    """
+
+    context_len: int
+    masks: Sequence[int]
+
+
+MAX_NODES = WORD_BITS
+"""Nodes that a level can run for one request."""
+
+
+class DraftModel(Protocol):
+    """Modules that draft one level each, over an engine's KV cache."""
+
+    num_levels: int
+    hidden_state_from: Literal["previous", "target"]
+
+    def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
+        """Runs the module of `level` (from 0) and keeps its keys and values.
+
+        Returns the rows' hidden states, [sum of rows, hidden_size].
+        """
+
+    def best_tokens(self, hidden_states: torch.Tensor, num: int) -> list[dict[int, float]]:
+        """Per row, the `num` likeliest next tokens and their probabilities, in (0, 1]."""
