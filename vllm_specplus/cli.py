@@ -61,7 +61,7 @@ def mtp3(
     draft_vocab: Annotated[int, typer.Option(min=1, help="Tokens that can be drafted.")] = 32_768,
     tied: Annotated[bool, typer.Option(help="One set of weights at all depths.")] = True,
     start: Annotated[str | None, typer.Option(help="Heads to go on from.")] = None,
-    int8: Annotated[bool, typer.Option(help="Write int8 matrices, not bfloat16.")] = False,
+    int8: Annotated[bool, typer.Option(help="Write the layers' matrices as int8.")] = False,
     fp32: Annotated[bool, typer.Option(help="Compute in float32, not bfloat16.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 3e-4,

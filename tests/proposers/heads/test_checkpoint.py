@@ -62,7 +62,8 @@ def test_int8_is_half_a_step_near(tmp_path: Path) -> None:
     for depth, module in enumerate(weights):
         for name, weight in module.items():
             got = loaded.module(depth)[name]
-            step = weight.abs().amax(1, keepdim=True) / 127 if weight.dim() == 2 else 0 * weight
+            is_int8 = weight.dim() == 2 and name != "eh_proj.weight"
+            step = weight.abs().amax(1, keepdim=True) / 127 if is_int8 else 0 * weight
             assert ((got - weight).abs() <= 0.501 * step).all(), name
     assert (tmp_path / "model.safetensors").stat().st_size < sum(
         2 * w.numel() for module in weights for w in module.values()

@@ -166,7 +166,8 @@ def save_heads(
 ) -> None:
     """Writes heads; a reader finds the old files or the new ones, never half of one.
 
-    modules: `config.num_stored` of them, by the names of `module_shapes`. int8: matrices as int8.
+    modules: `config.num_stored` of them, by the names of `module_shapes`. int8: the
+    matrices of the layer as int8.
     Raises OptionError for what `load_heads` would refuse.
     """
     folder = Path(path)
@@ -174,7 +175,7 @@ def save_heads(
     for number, module in enumerate(modules):
         for name, tensor in module.items():
             tensor = tensor.detach().cpu().contiguous()
-            tensors |= _stored(f"mtp.{number}.{name}", tensor, int8 and tensor.dim() == 2)
+            tensors |= _stored(f"mtp.{number}.{name}", tensor, int8 and _quantizes(name, tensor))
     _check(HeadsCheckpoint(str(path), config, draft_vocab, tensors))
     if draft_vocab is not None:
         tensors["draft_vocab"] = draft_vocab.to("cpu", torch.int32).contiguous()
@@ -277,6 +278,12 @@ def _check_draft_vocab(checkpoint: HeadsCheckpoint) -> None:
 
 def _corrupted(name: str, what: str) -> OptionError:
     return bad_option("heads", name, what, "the file is damaged or its config is; fetch it again")
+
+
+def _quantizes(name: str, tensor: Tensor) -> bool:
+    """`eh_proj` stays: its columns span orders of magnitude where the target's final gains do, and
+    one scale a row cost 3 % of the accepted drafts on Gemma-3-270M."""
+    return tensor.dim() == 2 and name != "eh_proj.weight"
 
 
 def _stored(name: str, tensor: Tensor, int8: bool) -> dict[str, Tensor]:
