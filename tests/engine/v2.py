@@ -1,25 +1,14 @@
-"""Scenarios of the V2 engine: `python -m tests.engine.v2 GROUP` prints how each of a group ended.
-
-They need a process whose vLLM has Triton: its interpreter, and a stand-in for the `cpu` backend of
-Triton that vLLM looks for.
-"""
+"""Scenarios of V2: `python -m tests.engine.v2 GROUP` prints how each of the group ended."""
 
 from __future__ import annotations
 
-import os
-from types import SimpleNamespace
+import tests.engine.interpreter  # noqa: F401  (before vLLM)
 
-os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-import triton.backends
-
-import tests.conftest  # noqa: F401  (the environment of all tests)
-
-CPU_BACKEND = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-triton.backends.backends["cpu"] = CPU_BACKEND
-
+# isort: split
 import json
 import random
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +18,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
-import wrapt
 from specplus_kernels import dispatch
 from vllm import LLM
 from vllm.platforms.cpu import CpuPlatform
@@ -54,23 +41,6 @@ from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine import v2
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 
-topk_topp.HAS_TRITON = False  # this kernel of vLLM's does not run in the interpreter
-
-
-def _bool_masks(wrapped: Callable, _: Any, args: tuple, kwargs: dict) -> Any:
-    """Some kernels of vLLM's mask with integers, which the compiler takes and the interpreter does
-    not."""
-    at = 1 if wrapped.__name__ == "create_masked_load" else 2
-    args[at].data = args[at].data.astype(bool)
-    return wrapped(*args, **kwargs)
-
-
-for _name in ("create_masked_load", "create_masked_store"):
-    wrapt.wrap_function_wrapper(
-        "triton.runtime.interpreter", f"InterpreterBuilder.{_name}", _bool_masks
-    )
-
-
 NUM_NODES = 8
 TREE = dict(
     speculative_model="[ngram]", num_speculative_tokens=5, speculative_tree=f"dynamic:{NUM_NODES}"
@@ -82,8 +52,8 @@ Provider = Literal["reference", "triton"]
 class Oracle(NgramTreeSpeculator):
     """Random trees with the true continuation hidden in them; chains where one is asked for."""
 
-    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor([self._codes(slot) for slot in input_batch.idx_mapping.tolist()])
+    def propose_on(self, trunk: Any, slots: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([self._codes(slot) for slot in slots.tolist()])
 
     def _codes(self, slot: int) -> list[int]:
         length = int(self.req_states.total_len.gpu[slot])
@@ -191,10 +161,9 @@ def whole_batch(**options: Any) -> None:
     equal(wanted, **options)
 
 
-def prefix_cache() -> None:
+def prefix_cache(trees: Engine) -> None:
     first = asked("greedy", 2, max_tokens=80, ignore_eos=True)
     plain, before = plain_run("llama", first), MOVED.moved
-    trees = engine("llama", "oracle")
     outputs = trees.run(first)
     assert_equal(outputs, plain)
     assert MOVED.moved > before, "no accepted node had to move"
@@ -220,11 +189,11 @@ def preemption() -> None:
     assert preempted.called
 
 
-def arrivals_and_aborts() -> None:
+def arrivals_and_aborts(trees: Engine) -> None:
     wanted = [replace(r, arrival=2 * i) for i, r in enumerate(asked("greedy", 6))]
     plain = plain_run("llama", wanted)
     run = [replace(r, abort_at=r.arrival + 4 if i == 2 else None) for i, r in enumerate(wanted)]
-    outputs = engine("llama", "oracle").run(run)
+    outputs = trees.run(run)
     kept = [i for i in range(6) if i != 2]
     assert_equal([outputs[i] for i in kept], [plain[i] for i in kept])
 
@@ -249,13 +218,17 @@ def asynchronous() -> Iterator[None]:
         yield
 
 
-def async_scheduling(wanted: list[Request], model: str = "llama", **options: Any) -> None:
-    plain = plain_run(model, wanted, **options)
+def ahead(model: str = "llama", **options: Any) -> Engine:
+    """Random trees under async scheduling."""
     with asynchronous():
         trees = engine(model, "oracle", (("max_num_seqs", 6), *options.items()))
     assert trees.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-    before = MOVED.moved
-    assert_equal(trees.run(wanted), plain)
+    return trees
+
+
+def async_scheduling(wanted: list[Request], model: str = "llama", **options: Any) -> None:
+    plain, before = plain_run(model, wanted, **options), MOVED.moved
+    assert_equal(ahead(model, **options).run(wanted), plain)
     assert MOVED.moved > before
 
 
@@ -290,19 +263,13 @@ def verified_in_chunks() -> None:
         equal(wanted)
 
 
-@contextmanager
-def sabotage(owner: Any, name: str, value: Any) -> Iterator[None]:
-    with mock.patch.object(owner, name, value):
-        yield
-
-
 def control(owner: Any, name: str, value: Any) -> Callable[[], None]:
     """A part taken out: the text must change."""
 
     def run() -> None:
         wanted = asked("greedy", 4, max_tokens=40)
         plain = plain_run("llama", wanted)
-        with sabotage(owner, name, value):
+        with mock.patch.object(owner, name, value):
             outputs = engine("llama", "oracle").run(wanted)
         assert differ(outputs, plain), "the text did not change"
 
@@ -331,9 +298,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "schedule: sliding window, seed": lambda: equal(asked("seed", 4), model="sliding"),
     "schedule: whole batch": whole_batch,
     "schedule: chunked prefill": lambda: whole_batch(max_num_batched_tokens=64),
-    "schedule: prefix cache": prefix_cache,
+    "schedule: prefix cache": lambda: prefix_cache(engine("llama", "oracle")),
     "schedule: preemption": preemption,
-    "schedule: arrivals and aborts": arrivals_and_aborts,
+    "schedule: arrivals and aborts": lambda: arrivals_and_aborts(engine("llama", "oracle")),
     "schedule: longest length": longest_length,
     "schedule: async": lambda: async_scheduling([*asked("greedy", 3), *asked("seed", 3)]),
     "schedule: async, sliding window": lambda: async_scheduling(
@@ -344,12 +311,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         num_gpu_blocks_override=16,
         max_model_len=256,
     ),
+    "schedule: async, prefix cache": lambda: prefix_cache(ahead()),
+    "schedule: async, arrivals and aborts": lambda: arrivals_and_aborts(ahead()),
     "schedule: metrics": metrics,
     "schedule: verified in chunks": verified_in_chunks,
-    "schedule: processed logprobs": lambda: equal(
-        requests("greedy", 4, max_tokens=MAX_TOKENS, logprobs=3, temperature=0.7, top_k=20),
-        logprobs_mode="processed_logprobs",
-    ),
     "control: no commit": control(v2.KVCommitPlan, "__call__", lambda *_: None),
     "control: no mask": control(v2, "tree_stage", no_mask),
     "control: no depth positions": control(v2, "tree_stage", no_positions),
@@ -374,10 +339,18 @@ def outcome(scenario: Callable[[], None]) -> str:
     return "ok"
 
 
+def timed(name: str, scenario: Callable[[], None]) -> str:
+    """The outcome; standard error says how long it took."""
+    began = time.monotonic()
+    said = outcome(scenario)
+    print(f"{time.monotonic() - began:5.1f} s  {name}", file=sys.stderr, flush=True)
+    return said
+
+
 def main(scenarios: dict[str, Callable[[], None]]) -> None:
     """Runs those whose names start with the first argument."""
     names = [name for name in scenarios if name.startswith(sys.argv[1])]
-    outcomes = {name: outcome(scenarios[name]) for name in names}
+    outcomes = {name: timed(name, scenarios[name]) for name in names}
     print("\n" + RESULT + json.dumps(outcomes), flush=True)
 
 

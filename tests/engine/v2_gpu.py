@@ -1,15 +1,15 @@
 """What a GPU runs and a CPU can: vLLM's Triton attention, and CUDA graphs' way with memory.
 
-`python -m tests.engine.v2_gpu gpu`. FlashAttention and FlashInfer have no kernels for CPUs; their
-caches are laid out as Triton's, and `tests/engine/test_attention.py` compares the views. A captured
-graph reads at every replay the memory that it was captured with, so here a step's forward pass is
-given the metadata that was built at capture, and all that the step itself staged is in that memory
-or is not seen.
+`python -m tests.engine.v2_gpu gpu`. FlashAttention and FlashInfer have no kernels for CPUs; that
+their caches are laid out as Triton's was read, and no test compares it. A captured graph reads at
+every replay the memory that it was captured with, so here a step's forward pass is given the
+metadata that was built at capture, and all that the step itself staged is in that memory or is not
+seen.
 """
 
 from __future__ import annotations
 
-import tests.engine.v2 as v2  # first: it makes vLLM find Triton
+import tests.engine.interpreter  # noqa: F401  (before vLLM)
 
 # isort: split
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
+from tests.engine import v2
 from tests.engine.engines import Engine
 from vllm_specplus.engine.v2 import TreeModelState
 

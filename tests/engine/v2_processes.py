@@ -1,0 +1,122 @@
+"""V2 engines whose core and workers are processes of their own.
+
+`python -m tests.engine.v2_processes processes`. vLLM spawns them, so each imports this module, and
+with it the interpreter, before anything else.
+"""
+
+from __future__ import annotations
+
+import tests.engine.interpreter  # noqa: F401  (before vLLM)
+
+# isort: split
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+from vllm import LLM, RequestOutput
+
+from tests.engine import v2, v2_drafters
+from tests.engine.drafters import drafter_path
+from tests.engine.engines import DEFAULTS, Request, model_path
+from tests.engine.features import assert_equal, params, prompts
+from tests.engine.metrics import check, gather
+from tests.engine.proposers import Truth, truth
+
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles one function where there are two workers
+CORE = dict(VLLM_ENABLE_V1_MULTIPROCESSING="1")
+TWO_WORKERS: dict[str, Any] = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+FEATURES = (
+    "greedy",
+    "seed",
+    "penalties_seed",
+    "json",
+    "logprobs_seed",
+    "n",
+    "stop_string",
+    "top_p",
+)
+
+_STARTED: list[LLM] = []
+"""vLLM tears the process' distributed state down, for all engines, when one is collected."""
+
+
+def watch(worker: Any, known: Truth | None) -> None:
+    """Runs on a worker: records its trees, which are the oracle's if the truth is told."""
+    speculator = worker.worker.model_runner.speculator
+    if known is not None:
+        truth().update(known)
+        speculator.__class__ = v2.Oracle
+    propose, speculator.trees = speculator.propose, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        codes = propose(*args, **kwargs)
+        speculator.trees.append(codes.tolist())
+        return codes
+
+    speculator.propose = recorded
+
+
+def seen(worker: Any) -> tuple[list[list[list[int]]], int, int]:
+    """Per step and request the codes of the nodes; nodes accepted; nodes moved."""
+    trees = worker.worker.model_runner.speculator.trees
+    return trees, v2.MOVED.accepted, v2.MOVED.moved
+
+
+def run(llm: LLM, wanted: Sequence[Request], known: Truth | None) -> list[RequestOutput]:
+    """The outputs; asserts that all workers drafted and accepted the same, and moved some of it."""
+    llm.collective_rpc(watch, args=(known,))
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(request.prompt)} for request in wanted],
+        [request.params for request in wanted],
+        use_tqdm=False,
+    )
+    first, *others = llm.collective_rpc(seen)
+    assert all(other == first for other in others), "the workers' rounds differ"
+    trees, accepted, moved = first
+    assert accepted > 0 and moved > 0
+    assert any(len(set(tree)) > 1 for step in trees for tree in step)
+    return outputs
+
+
+def features(environment: dict[str, str], **options: Any) -> None:
+    """One request of each feature, in one batch, of random trees; and what the engine counted."""
+    wanted = [
+        Request(prompt, params(name, index, max_tokens=v2.MAX_TOKENS))
+        for index, (name, prompt) in enumerate(zip(FEATURES, prompts(len(FEATURES)), strict=True))
+    ]
+    plain = v2.plain_run("llama", wanted)
+    settings = DEFAULTS | v2.TREE | dict(max_num_seqs=8, disable_log_stats=False) | options
+    with mock.patch.dict(os.environ, environment):
+        llm = LLM(str(model_path("llama")), **settings)
+        _STARTED.append(llm)
+        assert_equal(run(llm, wanted, truth()), plain)
+        assert check(gather(llm), aborts=True).fallbacks["penalties"] == 1
+
+
+def drafter() -> None:
+    """EAGLE with n-grams around it: each worker has a part of the drafter too."""
+    wanted = [*v2_drafters.requests(3), *v2_drafters.seeded(3)]
+    plain = v2_drafters.engine("target").run(wanted)
+    options = dict(
+        speculative_model=f"[eagle+ngram]{drafter_path('eagle')}",
+        num_speculative_tokens=v2_drafters.DEPTH,
+        speculative_tree=f"dynamic:{v2_drafters.NUM_NODES}",
+        skip_tokenizer_init=True,
+        max_num_seqs=8,
+    )
+    llm = LLM(drafter_path("target"), **DEFAULTS | options | TWO_WORKERS)
+    _STARTED.append(llm)
+    outputs = run(llm, wanted, None)
+    for output, expected in zip(outputs, plain, strict=True):
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "processes: core apart": lambda: features(CORE),
+    "processes: two workers": lambda: features({}, **TWO_WORKERS),
+    "processes: two workers, eagle": drafter,
+}
+
+if __name__ == "__main__":
+    v2.main(SCENARIOS)
