@@ -1,7 +1,7 @@
 """V2 engines whose core and workers are processes of their own.
 
 `python -m tests.engine.v2_processes processes`. vLLM spawns them, so each imports this module, and
-with it the interpreter, before anything else.
+with it the interpreter, before anything else. Seen to fail: the second worker drafts another tree.
 """
 
 from __future__ import annotations
