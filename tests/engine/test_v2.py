@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton in th
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
+    "schedule": "v2",
     "experts": "v2_drafters",
     "drafter": "v2_drafters",
-    "schedule": "v2",
     "settings": "v2_settings",
     "processes": "v2_processes",
     "width": "v2_width",
