@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -26,3 +27,16 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the V2 engine come last: their scenarios run beside all others."""
+    items.sort(key=lambda item: "test_v2.py" in item.nodeid)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Modules with a function `begin` have their work begin now, unless they are all there is."""
+    modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    if len(modules) > 1 and not session.config.option.collectonly:
+        for module in modules:
+            getattr(module, "begin", lambda: None)()

@@ -118,11 +118,12 @@ def _show(found: dict[str, Any]) -> None:
         about.add_row("model", found["model"]["name"])
         about.add_row("refused", "\n".join(found["model"]["refused"]) or "nothing")
     console.print(about)
-    hooks = Table("vLLM name", "found", title="hooks")
-    for hook in found["hooks"]:
-        missing = hook["missing"]
-        hooks.add_row(hook["name"], missing or "yes", style="red" if missing else None)
-    console.print(hooks)
+    for title in ("hooks", "hooks of the other engine"):
+        hooks = Table("vLLM name", "found", title=title)
+        for hook in found[title]:
+            missing = hook["missing"]
+            hooks.add_row(hook["name"], missing or "yes", style="red" if missing else None)
+        console.print(hooks)
     verdict = "can" if found["ok"] else "cannot"
     console.print(f"Token trees {verdict} run here; chains of vLLM's own methods always can.")
 

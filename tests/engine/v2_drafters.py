@@ -31,7 +31,7 @@ from vllm_specplus.engine import v2_speculator
 from vllm_specplus.engine.drafters.chain import ChainRows
 
 DEPTH, NUM_NODES = 3, 8
-LENGTH, NUM_SEQUENCES = 3, 448
+LENGTH, NUM_SEQUENCES = 3, 320
 DRAFTERS = {
     "draft": ("draft", "target"),
     "eagle": ("eagle", "target"),
@@ -158,18 +158,20 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
         "tree, seed": lambda: tree(name, seeded()),
         "moved trunk": lambda: moved_trunk(name),
     }
-    of_some = {
+    of_eagle = {
         "chunked prompts": lambda: tree(name, seeded(), max_num_batched_tokens=32),
-        "preemption": lambda: preemption(name),
-        "async": lambda: asynchronous(name),
         "longest length": lambda: tree(name, requests(4, max_tokens=None), max_model_len=64),
     }
-    runs = of_all | (of_some if name in ("eagle", "mtp, 3 modules") else {})
+    of_some = {
+        "preemption": lambda: preemption(name),
+        "async": lambda: asynchronous(name),
+    }
+    runs = of_all | (of_eagle if name == "eagle" else {})
+    runs |= of_some if name in ("eagle", "mtp, 3 modules") else {}
     return {f"{group}: {name}, {title}": run for title, run in runs.items()}
 
 
 SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).items()} | {
-    "drafter: draft, distribution by rejection": lambda: distribution("rejection"),
     "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
 }
 

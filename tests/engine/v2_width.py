@@ -141,8 +141,6 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "width: given": given,
     "width: given, async": ahead,
     "width: given, draft": lambda: around("draft"),
-    "width: given, eagle": lambda: around("eagle"),
-    "width: measured, core apart": lambda: in_processes(v2_processes.CORE),
     "width: measured, two workers": lambda: in_processes({}, **v2_processes.TWO_WORKERS),
 }
 

@@ -187,6 +187,18 @@ def test_refused(model: str, error: type[Exception], arguments: dict[str, Any], 
         assert said in str(raised.value)
 
 
+def test_drawn_trunks_are_refused_in_static_trees(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape moves the trunk to other rows than those that it was drawn for."""
+    monkeypatch.setattr(options, "tree_engine", lambda: host.V2_CPU_ENGINE)
+    asked = {"speculative_model": f"[draft+ngram]{model}", "speculative_verify": "traversal"}
+    drawn = by_keywords(model, **TREE | asked).speculative_config
+    assert drawn["draft_sample_method"] == "probabilistic"
+    with pytest.raises(NotBuiltError, match="speculative_verify='traversal' is not available"):
+        by_keywords(model, **TREE | asked | {"speculative_tree": "static:[(0,),(1,)]"})
+
+
 def test_a_home_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "head").mkdir()

@@ -216,16 +216,21 @@ def test_v2_runner_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> No
         ("model_config.logits_processors", ["a.B"], "as one sequence"),
         ("model_config.enable_trace_replay", True, "does not replay"),
         ("parallel_config.enable_batch_sharded_sampling", True, "verified as a whole"),
+        ("parallel_config.enable_dbo", True, "for whole batches"),
+        ("parallel_config.data_parallel_size", 2, "not that of the trees"),
+        ("speculative_config.enable_adaptive_verification", True, "as if they were chains"),
+        ("speculative_config.rejection_sample_method", "block", "rules of their own"),
+        ("lora_config", True, "with adapters"),
         ("additional_config", {"specplus": {"ngram_prompt_lookup_max": 17}}, "16 tokens back"),
     ],
 )
 def test_refused_in_the_v2_runner(model: str, path: str, value: Any, said: str) -> None:
-    config = build(model)
+    config = build(model, **TREE)
     assert list(v2_refusals(config)) == []
     *owners, name = path.split(".")
     setattr(reduce(getattr, owners, config), name, value)
     ((field, found, reason, _),) = v2_refusals(config)
-    assert path.endswith(field) or field.startswith("ngram")
+    assert path.endswith(field) or field in ("ngram_prompt_lookup_max", "enable_lora")
     assert said in reason and found
 
 

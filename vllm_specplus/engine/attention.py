@@ -32,6 +32,7 @@ class TreeRows:
     [num_reqs + 1]. requests: int32 [num_trees], the requests to serve, None for all. covers_all:
     there are no others, so causal attention need not run. ancestor_mask: int64 [rows, words].
     positions: int64 [rows]. context_lens: int32 [num_reqs], KV slots before each request's rows.
+    max_query_len: no tree has more rows, None: no more than the mask's words allow.
     """
 
     block_table: torch.Tensor
@@ -41,6 +42,7 @@ class TreeRows:
     ancestor_mask: torch.Tensor
     positions: torch.Tensor
     context_lens: torch.Tensor
+    max_query_len: int | None = None
 
 
 def attach_tree(
@@ -84,6 +86,10 @@ class TreeRowsMixin:
     logits_soft_cap: float | None
     sinks: torch.Tensor | None
 
+    def fused_output_quant_supported(self, *_: Any) -> bool:
+        """Tree rows are written unquantized."""
+        return False
+
     def forward(
         self,
         layer: Any,
@@ -119,6 +125,7 @@ class TreeRowsMixin:
                 sinks=self.sinks,
                 out=output[:num_rows].view(num_rows, self.num_heads, self.head_size),
                 requests=tree.requests,
+                max_query_len=tree.max_query_len,
             )
         return output
 

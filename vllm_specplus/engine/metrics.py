@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial, wraps
+from threading import Lock
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class CountingWorker(Worker):
         """Counters of the rounds so far; call through `collective_rpc`. Of the workers of a tensor
         parallel group, the first one's count."""
         assert self._rounds is not None, "the engine has not started"
+        self._rounds.clock.read()
         return asdict(self._rounds.stats)
 
     def shutdown(self) -> None:
@@ -129,6 +131,7 @@ class RoundCounter:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         num_drafts = {req_id: len(tokens) for req_id, tokens in drafts.items()}
         self.step = num_drafts, scheduler_output.num_spec_tokens_to_schedule > 0
+        self.clock.read()
         self.clock.start(verifies=bool(drafts))
         self._seen -= scheduler_output.finished_req_ids
         for request in scheduler_output.scheduled_new_reqs:
@@ -165,6 +168,7 @@ class PhaseClock:
         self._mark: Callable[[], Any] = _HostMark if device.type == "cpu" else _device_mark
         self._step: tuple[bool, Any] | None = None
         self._steps: deque[tuple[bool, Any, Any, Any]] = deque()
+        self._reading = Lock()
 
     def start(self, verifies: bool) -> None:
         """A step begins; `verifies` says whether it holds drafts."""
@@ -188,10 +192,11 @@ class PhaseClock:
 
     def read(self) -> None:
         """Adds up the steps that the device has finished."""
-        while self._steps and self._steps[0][-1].query():
-            verifies, began, verified, drafted = self._steps.popleft()
-            self._stats.verify_seconds += verifies * began.elapsed_time(verified) / 1e3
-            self._stats.draft_seconds += verified.elapsed_time(drafted) / 1e3
+        with self._reading:  # vLLM waits for asynchronous outputs in a thread of its own
+            while self._steps and self._steps[0][-1].query():
+                verifies, began, verified, drafted = self._steps.popleft()
+                self._stats.verify_seconds += verifies * began.elapsed_time(verified) / 1e3
+                self._stats.draft_seconds += verified.elapsed_time(drafted) / 1e3
 
 
 class _HostMark:

@@ -9,7 +9,6 @@ verifies, a speculator proposes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -75,7 +74,8 @@ class TreeModelState(DefaultModelState):
         self.rule = _RULES[config.verify]
         self.path = torch.empty(0)
         self._slot_mappings: torch.Tensor | None = None
-        self._commit_plans: list[KVCommitPlan] = []
+        self._layers: list[list[Any]] = []
+        self._commit_plans: list[KVCommitPlan | None] | None = None
         self._req_states: RequestState | None = None
 
     # Start-up and requests.
@@ -88,19 +88,21 @@ class TreeModelState(DefaultModelState):
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        self._commit_plans = [
-            KVCommitPlan([view for name in group.layer_names for view in self._kv_views(name)])
+        # Plans hold on to the caches, which are thrown away once when vLLM measures its graphs.
+        self._commit_plans = None
+        self._layers = [
+            [layer for name in group.layer_names if (layer := self._target_layer(name))]
             for group in kv_cache_config.kv_cache_groups
         ]
 
-    def _kv_views(self, layer_name: str) -> Sequence[torch.Tensor]:
-        """What is committed of an attention layer: not of a drafter's, which writes its KV anew.
+    def _target_layer(self, name: str) -> Any:
+        """An attention layer whose KV is committed: not a drafter's, which writes its KV anew.
 
         Raises NotBuiltError for an attention backend that trees were not built for.
         """
-        layer = self.vllm_config.compilation_config.static_forward_context[layer_name]
+        layer = self.vllm_config.compilation_config.static_forward_context[name]
         if getattr(layer, "is_draft_layer", False):
-            return ()
+            return None
         if not isinstance(layer.impl, TreeRowsMixin):
             raise not_built(
                 "attention_backend",
@@ -108,7 +110,14 @@ class TreeModelState(DefaultModelState):
                 "is not one that trees were built for",
                 f"use {', '.join(GPU_BACKENDS)}, or speculative_tree='chain'",
             )
-        return layer.impl.kv_views(layer.kv_cache)
+        return layer
+
+    def _plan_commits(self) -> list[KVCommitPlan | None]:
+        """Per KV group; none for groups of drafters' layers alone."""
+        views = [
+            [v for layer in g for v in layer.impl.kv_views(layer.kv_cache)] for g in self._layers
+        ]
+        return [KVCommitPlan(group) if group else None for group in views]
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -173,9 +182,11 @@ class TreeModelState(DefaultModelState):
         context_lens = self._context_lens[:padded]
         torch.sub(input_batch.seq_lens, query_start_loc.diff(), out=context_lens)
         requests = None
+        max_query_len = num_rows // input_batch.num_reqs
         if not for_capture:
             query_lens = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
             is_tree = query_lens == 1 + input_batch.num_draft_tokens_per_req
+            max_query_len = 1 + int(input_batch.num_draft_tokens_per_req.max())
             if not np.all(is_tree):
                 chosen = torch.from_numpy(np.flatnonzero(is_tree).astype(np.int32))
                 requests = chosen.to(self.device, non_blocking=True)
@@ -186,6 +197,7 @@ class TreeModelState(DefaultModelState):
             "ancestor_mask": self._ancestor_mask[:num_rows],
             "positions": self.positions[:num_rows],
             "context_lens": context_lens,
+            "max_query_len": max_query_len,
         }
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
@@ -211,7 +223,10 @@ class TreeModelState(DefaultModelState):
         target = torch.arange(path.shape[1], device=self.device)
         moved = path > target  # padding is negative, and no accepted node lies before its place
         assert self._slot_mappings is not None
+        self._commit_plans = self._commit_plans or self._plan_commits()
         for plan, slots in zip(self._commit_plans, self._slot_mappings, strict=True):
+            if plan is None:
+                continue
             source_slots = slots[(roots[:, None] + path).where(moved, 0)]
             target_slots = slots[(roots[:, None] + target).where(moved, 0)]
             plan(source_slots.where(moved, -1), target_slots.where(moved, -1))

@@ -40,7 +40,14 @@ class NgramTreeSpeculator(BaseSpeculator):
 
     def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The next trees as codes, int64 [num_reqs, num_nodes]."""
+        if kwargs.get("num_speculative_tokens") == 0:
+            return self.nothing(input_batch)
         return self.propose_on(None, input_batch.idx_mapping)
+
+    def nothing(self, input_batch: InputBatch) -> torch.Tensor:
+        """What is proposed where nothing pays."""
+        shape = (input_batch.num_reqs, self.config.num_nodes)
+        return torch.full(shape, -1, dtype=torch.int64, device=input_batch.idx_mapping.device)
 
     def propose_on(self, trunk: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
         """The same around a chain that another drafter gave, int64 [num_reqs, depth]."""

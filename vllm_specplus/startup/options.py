@@ -15,6 +15,7 @@ from vllm_specplus.config import (
     Chain,
     MethodSpec,
     SpecPlusConfig,
+    StaticTree,
     parse_methods,
     parse_step_costs,
     parse_tree,
@@ -292,7 +293,8 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
             f"{engine.name}",
             f"there are chains of {chains}, and static and dynamic trees of {trees}",
         )
-    drawn = len(config.methods) > 1 and engine is not CPU_ENGINE
+    dynamic = len(config.methods) > 1 and not isinstance(config.tree, StaticTree)
+    drawn = dynamic and engine is not CPU_ENGINE
     rules = TREE_RULES + (DRAWN_RULES if drawn else ())
     if config.verify not in rules:
         raise not_built(

@@ -140,6 +140,23 @@ def v2_refusals(vllm_config: Any) -> Iterator[Finding]:
     if model.uses_mrope:
         reason = "trees are not built for its positions in the V2 runner"
         yield "model", model.model, reason, "use another model"
+    if (window := model.rswa_window) is not None:
+        yield "rswa_window", window, "trees read one window per layer", "use another model"
+    speculative = vllm_config.speculative_config
+    if speculative.enable_adaptive_verification:
+        reason = "it cuts drafts as if they were chains"
+        yield "enable_adaptive_verification", True, reason, "drop it"
+    if speculative.rejection_sample_method != "standard":
+        method = speculative.rejection_sample_method
+        yield "rejection_sample_method", method, "trees have rules of their own", "drop it"
+    parallel = vllm_config.parallel_config
+    if parallel.use_ubatching:
+        yield "enable_dbo", True, "trees are staged for whole batches", "drop it"
+    if parallel.data_parallel_size > 1 and not speculative.use_ngram():
+        size, reason = parallel.data_parallel_size, "a drafter's batch is not that of the trees"
+        yield "data_parallel_size", size, reason, "set it to 1, draft with [ngram]"
+    if vllm_config.lora_config is not None:
+        yield "enable_lora", True, "trees were not tested with adapters in the V2 runner", "drop it"
     if model.return_sampling_mask:
         yield "return_sampling_mask", True, "trees have no sampling masks", "drop it"
     lookup = vllm_config.additional_config.get("specplus", {}).get("ngram_prompt_lookup_max", 0)

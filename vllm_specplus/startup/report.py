@@ -26,8 +26,12 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
 def collect(model: str | None) -> dict[str, Any]:
-    """All findings, ready for JSON; `ok`: token trees can run here (and with `model`, if any)."""
+    """All findings, ready for JSON; `ok`: token trees can run here (and with `model`, if any).
+
+    The other engine is that for GPUs, whose hooks a CPU machine can look up as well.
+    """
     hooks = [*check_hooks(wanted_engine()), *(find_hook(str(p), p.module, p.path) for p in PATCHES)]
+    v2 = [hook for hook in check_hooks(V2_ENGINE) if hook not in hooks]
     engine = _engine()
     refused = [] if model is None or engine["name"] is None else _refused(model)
     return {
@@ -37,6 +41,7 @@ def collect(model: str | None) -> dict[str, Any]:
         "engine": engine,
         "model": None if model is None else {"name": model, "refused": refused},
         "hooks": [asdict(hook) for hook in hooks],
+        "hooks of the other engine": [asdict(hook) for hook in v2],
     }
 
 

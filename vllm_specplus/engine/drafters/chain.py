@@ -129,6 +129,13 @@ class ChainDrafter(wrapt.ObjectProxy):
             target_attn_groups,
         )
 
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Without full graphs, whose metadata must be padded to the batch that was captured."""
+        piecewise = cudagraph_mode.has_piecewise_cudagraphs()
+        self.__wrapped__.init_cudagraph_manager(
+            CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+        )
+
     def capture(self) -> None:
         """Captures graphs without trees."""
         with scoped(self.model_state, "has_trees", False):
@@ -169,6 +176,8 @@ class ChainDrafter(wrapt.ObjectProxy):
             num_speculative_tokens=num_speculative_tokens,
             **kwargs,
         )
+        if num_speculative_tokens == 0:
+            return self._self_ngram.nothing(input_batch)
         return self._self_ngram.propose_on(chain, input_batch.idx_mapping)
 
     def _attention(self, batch: InputBatch) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
