@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.config.reasoning import ReasoningConfig
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from tests.engine import distribution, v2
 from tests.engine.engines import Request, model_path
@@ -162,6 +163,34 @@ def logprobs(mode: str) -> Callable[[], None]:
     return lambda: v2.equal(wanted, logprobs_mode=mode)
 
 
+class ByTheTokenBefore(LogitsProcessor):
+    """Makes tokens likelier that the token before the last one names: it reads another row."""
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        self._tokens = req_states.all_token_ids
+
+    def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
+        slots = ctx.expanded_idx_mapping.long()
+        committed = self._tokens.gpu[slots, (ctx.pos - 1).clamp(min=0)]
+        before = torch.where(ctx.expanded_local_pos > 0, ctx.input_ids.roll(1), committed)
+        for offset in range(7, 12):
+            logits[torch.arange(len(logits)), (before.long() + offset) % logits.shape[1]] += 2
+        return logits
+
+
+def custom_processor() -> None:
+    wanted = v2.asked("greedy", 3, max_tokens=24)
+    stock = v2.plain_run("llama", wanted)
+    plain = v2.plain_run("llama", wanted, logits_processors=(ByTheTokenBefore,))
+    assert differ(plain, stock)
+    trees = v2.engine("llama", "oracle", (("logits_processors", (ByTheTokenBefore,)),))
+    accepted = v2.MOVED.accepted
+    assert_equal(trees.run(wanted), plain)
+    assert v2.MOVED.accepted > accepted
+    (stats,) = trees.llm.collective_rpc("specplus_stats")
+    assert stats["fallbacks"]["logits_processors"] == len(wanted)
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "settings: batches of 1, 3 and 8": lambda: batches("llama"),
     "settings: batches of 1, 3 and 8, sliding window": lambda: batches("sliding"),
@@ -173,6 +202,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     },
     "settings: logprobs of the whole vocabulary": whole_vocabulary,
     "settings: thinking budget": thinking_budget,
+    "settings: custom logits processor": custom_processor,
     "settings: engine seed": engine_seed,
     "settings: distribution": sampled,
 }

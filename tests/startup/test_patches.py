@@ -213,7 +213,6 @@ def test_v2_runner_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> No
     ("path", "value", "said"),
     [
         ("model_config.return_sampling_mask", True, "no sampling masks"),
-        ("model_config.logits_processors", ["a.B"], "as one sequence"),
         ("model_config.enable_trace_replay", True, "does not replay"),
         ("parallel_config.enable_batch_sharded_sampling", True, "verified as a whole"),
         ("parallel_config.enable_dbo", True, "for whole batches"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, field
 
-FALLBACKS = ("structured_outputs", "penalties", "bad_words", "thinking_budget", "does_not_pay")
+FALLBACKS = (
+    "structured_outputs",
+    "penalties",
+    "bad_words",
+    "thinking_budget",
+    "logits_processors",
+    "does_not_pay",
+)
 """Why a request gets less than its tree: a chain, or nothing. The last is counted per round."""
 STATS_KEY = "specplus"
 """What the counters are called where they travel beside those of others."""

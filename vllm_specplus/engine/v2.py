@@ -82,6 +82,8 @@ class TreeModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeVerifier]:
         self._req_states = sampler.req_states
+        modules = [type(processor).__module__ for processor in sampler.logits_processors]
+        self._has_processors = not all(module.startswith("vllm.") for module in modules)
         return sampler, TreeVerifier(sampler, self)
 
     def initialize_kv_cache(
@@ -122,7 +124,19 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         assert self._req_states is not None
-        self._req_states.chain_only[req_index] = bool(fallback(new_req_data.sampling_params))
+        self._req_states.chain_only[req_index] = bool(self.fallback(new_req_data.sampling_params))
+
+    def fallback(self, params: SamplingParams) -> str | None:
+        """Why vLLM reads a request's rows as one sequence, which only a chain is; or None."""
+        reasons = {
+            "structured_outputs": params.structured_outputs is not None,
+            "thinking_budget": params.thinking_token_budget is not None,
+            "bad_words": bool(params.bad_words),
+            "penalties": params.repetition_penalty != 1
+            or bool(params.frequency_penalty or params.presence_penalty),
+            "logits_processors": self._has_processors,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     # Stage.
 
@@ -230,18 +244,6 @@ class TreeModelState(DefaultModelState):
             source_slots = slots[(roots[:, None] + path).where(moved, 0)]
             target_slots = slots[(roots[:, None] + target).where(moved, 0)]
             plan(source_slots.where(moved, -1), target_slots.where(moved, -1))
-
-
-def fallback(params: SamplingParams) -> str | None:
-    """Why vLLM reads a request's rows as one sequence, which only a chain of drafts is; or None."""
-    reasons = {
-        "structured_outputs": params.structured_outputs is not None,
-        "thinking_budget": params.thinking_token_budget is not None,
-        "bad_words": bool(params.bad_words),
-        "penalties": params.repetition_penalty != 1
-        or bool(params.frequency_penalty or params.presence_penalty),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any) -> TreeModelState:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_specplus.core.stats import SpecStats
 from vllm_specplus.engine.metrics import CountingWorker
-from vllm_specplus.engine.v2 import TreeRunner, fallback
+from vllm_specplus.engine.v2 import TreeRunner
 
 
 class TreeWorker(CountingWorker):
@@ -19,5 +19,5 @@ class TreeWorker(CountingWorker):
         times = super().compile_or_warm_up_model()
         depth = self.vllm_config.additional_config["specplus"]["num_speculative_tokens"]
         drafter = self.model_runner.speculator, "propose"
-        self.count_rounds(SpecStats(depth), fallback, drafter)
+        self.count_rounds(SpecStats(depth), self.model_runner.model_state.fallback, drafter)
         return times

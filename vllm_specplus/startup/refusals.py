@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 from specplus_kernels.ngram_match import MAX_N
@@ -163,10 +162,6 @@ def v2_refusals(vllm_config: Any) -> Iterator[Finding]:
     if lookup > MAX_N:
         reason = f"the V2 runner's kernel looks {MAX_N} tokens back"
         yield "ngram_prompt_lookup_max", lookup, reason, f"set it to {MAX_N} at most"
-    plugins = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
-    if processors := [*(model.logits_processors or ()), *plugins]:
-        reason = "they read a request's rows as one sequence"
-        yield "logits_processors", processors, reason, "drop or uninstall them"
     if model.enable_trace_replay:
         yield "enable_trace_replay", True, "vLLM does not replay beside drafts", "drop it"
     if vllm_config.aux_output_config.enabled:
