@@ -6,6 +6,7 @@ One thread, in-process engines, quiet logs; Triton kernels run in its interprete
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -30,13 +31,21 @@ for name, value in {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the V2 engine come last: their scenarios run beside all others."""
+    """Tests of the V2 engine come last: their scenarios run beside others."""
     items.sort(key=lambda item: "test_v2.py" in item.nodeid)
 
 
+_BEGIN = pytest.StashKey[list[Callable[[], None]]]()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Modules with a function `begin` have their work begin now, unless they are all there is."""
+    """Modules with a function `begin` have work that others need not wait for."""
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
-    if len(modules) > 1 and not session.config.option.collectonly:
-        for module in modules:
-            getattr(module, "begin", lambda: None)()
+    session.stash[_BEGIN] = [module.begin for module in modules if hasattr(module, "begin")]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """It begins with the kernels' tests, which use one core and measure no time."""
+    if item.nodeid.startswith("tests/kernels/"):
+        while item.session.stash[_BEGIN]:
+            item.session.stash[_BEGIN].pop()()

@@ -58,7 +58,7 @@ def run_apart(job: dict) -> dict:
 def left_of_session(session: int) -> list[psutil.Process]:
     """Live processes of a session, after a moment for the last ones to end."""
     members = [p for p in psutil.process_iter() if _session(p.pid) == session]
-    _, alive = psutil.wait_procs(members, timeout=10)
+    _, alive = psutil.wait_procs(members, timeout=60)
     return alive
 
 
