@@ -102,7 +102,7 @@ def test_mtp_heads(layout):
     asked = mixed()
     plain = reference("llama", asked)
     heads = dict(speculative_model=f"[mtp3+ngram]{random_path()}", num_speculative_tokens=3)
-    options = LAYOUTS[layout] | heads
+    options = LAYOUTS[layout] | heads | dict(disable_log_stats=False)
     job = dict(path=str(model_path("llama")), method="dynamic", options=options, truth=[])
     result = run_apart(job)
     assert result["facts"] == json.loads(json.dumps([facts(output) for output in plain]))
