@@ -29,6 +29,8 @@ def test_all_is_well_here() -> None:
     names = {hook["name"] for hook in found["hooks"]}
     assert {str(patch) for patch in PATCHES} | set(host.HOST_METHODS) < names
     assert "vllm.v1.worker.cpu_model_runner.CPUModelRunner" in names
+    others = {hook["name"]: hook["missing"] for hook in found["hooks of the other engine"]}
+    assert set(host.V2_HOST_METHODS) - names <= set(others) and not any(others.values())
 
 
 def test_a_missing_hook_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

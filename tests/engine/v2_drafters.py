@@ -28,7 +28,7 @@ from tests.engine.engines import DEFAULTS, Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_distribution import SMALLEST_P, p_value
 from vllm_specplus.engine import v2_speculator
-from vllm_specplus.engine.drafters.chain import ChainRows
+from vllm_specplus.engine.drafters import chain
 
 DEPTH, NUM_NODES = 3, 8
 LENGTH, NUM_SEQUENCES = 3, 320
@@ -126,13 +126,13 @@ def moved_trunk(name: str) -> None:
     """As much is accepted as of vLLM's own chain; less when the accepted path is taken out."""
     wanted, native, ours = requests(), drafting(name), drafting(name, 2 * DEPTH)
     plain = texts(native, wanted)
-    of = ChainRows.of
+    of = chain.chain_batch
     with mock.patch.object(v2_speculator, "graft", behind_decoys):
         assert texts(ours, wanted) == plain
         accepted = ours.extra_tokens
         assert accepted >= native.extra_tokens
-        without = lambda self, batch, path: of(self, batch, path[:, :1])  # noqa: E731
-        with mock.patch.object(ChainRows, "of", without):
+        without = lambda batch, path, depth: of(batch, path[:, :1], depth)  # noqa: E731
+        with mock.patch.object(chain, "chain_batch", without):
             assert texts(ours, wanted) == plain
     assert ours.extra_tokens < accepted or name == "eagle3"  # which is right by chance only
 
@@ -172,6 +172,7 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
 
 
 SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).items()} | {
+    "drafter: draft, distribution by rejection": lambda: distribution("rejection"),
     "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
 }
 

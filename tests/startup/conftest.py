@@ -1,4 +1,4 @@
-"""What the tests of options share."""
+"""What the tests of options and of patches share."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
@@ -20,6 +19,7 @@ from vllm_specplus.startup import patches
 from vllm_specplus.startup.patches import Patch
 from vllm_specplus.startup.refusals import tree_refusals, v2_refusals
 
+pytestmark = pytest.mark.usefixtures("only_the_options_patched")
 ARG_UTILS = "vllm.engine.arg_utils"
 OPTIONS_ONLY = [
     f"{ARG_UTILS}.EngineArgs.__init__",
@@ -30,20 +30,6 @@ OPTIONS_ONLY = [
 NGRAM = {"speculative_model": "[ngram]", "num_speculative_tokens": 5}
 TREE = NGRAM | {"speculative_tree": "dynamic:12"}
 STOCK_NGRAM = {"method": "ngram", "num_speculative_tokens": 5}
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    patches.undo()
-    patches.apply("options")
-    yield
-    patches.undo()
-    patches.apply("options")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_config(tmp_path_factory.mktemp("llama"), LLAMA)
 
 
 def build(model: str, **arguments: Any) -> VllmConfig:

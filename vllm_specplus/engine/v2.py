@@ -30,6 +30,7 @@ from vllm_specplus.engine.compat import (
     KVCacheConfig,
     SamplingParams,
     VllmConfig,
+    async_tensor_h2d,
     registered_backend,
     scoped,
 )
@@ -44,7 +45,7 @@ from vllm_specplus.engine.compat_v2 import (
     model_runner,
     resolve_model_state_cls,
 )
-from vllm_specplus.engine.drafters.chain import ChainDrafter, ChainRows, with_depth
+from vllm_specplus.engine.drafters.chain import ChainDrafter, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.errors import not_built
@@ -77,6 +78,7 @@ class TreeModelState(DefaultModelState):
         self._layers: list[list[Any]] = []
         self._commit_plans: list[KVCommitPlan | None] | None = None
         self._req_states: RequestState | None = None
+        self._has_processors = False
 
     # Start-up and requests.
 
@@ -202,8 +204,7 @@ class TreeModelState(DefaultModelState):
             is_tree = query_lens == 1 + input_batch.num_draft_tokens_per_req
             max_query_len = 1 + int(input_batch.num_draft_tokens_per_req.max())
             if not np.all(is_tree):
-                chosen = torch.from_numpy(np.flatnonzero(is_tree).astype(np.int32))
-                requests = chosen.to(self.device, non_blocking=True)
+                requests = async_tensor_h2d(np.flatnonzero(is_tree), self.device, torch.int32)
         return {
             "query_start_loc": query_start_loc,
             "requests": requests,
@@ -269,9 +270,8 @@ def init_tree_speculator(
     ngram = NgramTreeSpeculator(vllm_config, device, req_states)
     if vllm_config.speculative_config.use_ngram():
         return ngram
-    depth = ngram.config.num_speculative_tokens
-    drafter = init_speculator(with_depth(vllm_config, depth), device, req_states)
-    return ChainDrafter(drafter, ChainRows(vllm_config, depth, device), ngram)
+    chain_config = with_depth(vllm_config, ngram.config.num_speculative_tokens)
+    return ChainDrafter(init_speculator(chain_config, device, req_states), ngram)
 
 
 class TreeRunner(GPUModelRunner):

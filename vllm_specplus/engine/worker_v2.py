@@ -17,7 +17,6 @@ class TreeWorker(CountingWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        depth = self.vllm_config.additional_config["specplus"]["num_speculative_tokens"]
-        drafter = self.model_runner.speculator, "propose"
-        self.count_rounds(SpecStats(depth), self.model_runner.model_state.fallback, drafter)
+        state, drafter = self.model_runner.model_state, (self.model_runner.speculator, "propose")
+        self.count_rounds(SpecStats(state.max_depth), state.fallback, drafter)
         return times
