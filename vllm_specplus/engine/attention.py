@@ -86,7 +86,7 @@ class TreeRowsMixin:
     logits_soft_cap: float | None
     sinks: torch.Tensor | None
 
-    def fused_output_quant_supported(self, *_: Any) -> bool:
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Tree rows are written unquantized."""
         return False
 

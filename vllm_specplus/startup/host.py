@@ -49,7 +49,7 @@ HOST_METHODS: dict[str, str] = {
     "CPUAttentionMetadataBuilder._set_isa_to_layers": "layer_names",
     "CPUAttentionBackendImpl.forward": "layer query key value kv_cache attn_metadata output",
     "CPUAttentionBackendImpl.do_kv_cache_update": "layer key value kv_cache slot_mapping",
-    "Attention.__init__": "num_heads head_size scale num_kv_heads prefix",
+    "Attention": "num_heads head_size scale num_kv_heads prefix",
     "VocabParallelEmbedding.forward": "input_",
     "dispatch_cpu_unquantized_gemm": "layer remove_weight",
     "cpu_worker.CPUModelRunner": "vllm_config device",
