@@ -15,11 +15,13 @@ from typing import Any
 import wrapt
 
 _ARG_UTILS = "vllm.engine.arg_utils"
+_MODELS = "vllm.model_executor.models.registry"
 
 
 def register() -> None:
     """Entry point of vllm.general_plugins."""
     arm()
+    wrapt.register_post_import_hook(_add_models, _MODELS)
 
 
 def platform_plugin() -> None:
@@ -34,6 +36,12 @@ def arm() -> None:
         module.__class__ = _HalfImported
     else:
         wrapt.register_post_import_hook(_patch, _ARG_UTILS)
+
+
+def _add_models(registry: ModuleType) -> None:
+    registry.ModelRegistry.register_model(
+        "SpecPlusMTP", "vllm_specplus.engine.drafters.heads:SpecPlusMTP"
+    )
 
 
 def _complete(module: ModuleType) -> bool:

@@ -1,7 +1,8 @@
 """Tiny targets with a vocabulary so small that untrained drafters are right now and then.
 
 Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and GLM-4.5 with one and
-with three MTP modules. Their weights are random, so only what they accept is compared.
+with three MTP modules. Their weights are random, so only what they accept is compared. Of our own
+heads there are fitted ones.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.engine.engines import model_path
+from tests.engine.heads import fitted
 from tests.engine.models import COMMON, TINY_VOCAB_SIZE, llama, randomize
 
 NUM_LAYERS = 2
 AUX_LAYERS = [0, 1]
 HIDDEN: Any = COMMON["hidden_size"]
+HEADS: dict[str, Any] = dict(hidden_state_from="previous", tied=False)
+"""How our own heads are fitted."""
 
 
 def _write(path: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
@@ -145,6 +150,8 @@ BUILDERS = {
     "eagle3": eagle3,
     "glm1": lambda path: glm(path, 1),
     "glm3": lambda path: glm(path, 3),
+    "llama": lambda _: Path(model_path("llama")),
+    "mtp3": lambda _: Path(fitted("llama", **HEADS)[0]),
 }
 
 

@@ -94,18 +94,19 @@ def features(environment: dict[str, str], **options: Any) -> None:
         assert check(gather(llm), aborts=True).fallbacks["penalties"] == 1
 
 
-def drafter() -> None:
-    """EAGLE with n-grams around it: each worker has a part of the drafter too."""
-    wanted = [*v2_drafters.requests(3), *v2_drafters.seeded(3)]
-    plain = v2_drafters.engine("target").run(wanted)
+def drafter(name: str) -> None:
+    """With n-grams around it: each worker has a part of EAGLE, and whole heads."""
+    wanted = [*v2_drafters.requests(name, 3), *v2_drafters.seeded(name, 3)]
+    method, target = v2_drafters.DRAFTERS[name]
+    plain = v2_drafters.engine(target).run(wanted)
     options = dict(
-        speculative_model=f"[eagle+ngram]{drafter_path('eagle')}",
+        speculative_model=f"[{method}+ngram]{drafter_path(method)}",
         num_speculative_tokens=v2_drafters.DEPTH,
         speculative_tree=f"dynamic:{v2_drafters.NUM_NODES}",
         skip_tokenizer_init=True,
         max_num_seqs=8,
     )
-    llm = LLM(drafter_path("target"), **DEFAULTS | options | TWO_WORKERS)
+    llm = LLM(drafter_path(target), **DEFAULTS | options | TWO_WORKERS)
     _STARTED.append(llm)
     outputs = run(llm, wanted, None)
     for output, expected in zip(outputs, plain, strict=True):
@@ -115,7 +116,8 @@ def drafter() -> None:
 SCENARIOS: dict[str, Callable[[], None]] = {
     "processes: core apart": lambda: features(CORE),
     "processes: two workers": lambda: features({}, **TWO_WORKERS),
-    "processes: two workers, eagle": drafter,
+    "processes: two workers, eagle": lambda: drafter("eagle"),
+    "processes: two workers, heads": lambda: drafter("heads"),
 }
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def ahead() -> None:
 
 def around(name: str) -> None:
     """Trunks of vLLM's drafter, which is told the width as well."""
-    wanted = [replace(r, arrival=i) for i, r in enumerate(v2_drafters.requests(NUM_REQS))]
+    wanted = [replace(r, arrival=i) for i, r in enumerate(v2_drafters.requests(name, NUM_REQS))]
     plain = v2_drafters.texts(v2_drafters.engine(v2_drafters.DRAFTERS[name][1]), wanted)
     trees = v2_drafters.drafting(name, v2.NUM_NODES, **GIVEN)
     trees.llm.collective_rpc(watch)

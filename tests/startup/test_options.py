@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 from vllm import EngineArgs
 
 from tests.engine.configs import LLAMA, write_config
+from tests.proposers.heads.heads import config as heads
+from tests.proposers.heads.heads import modules
 from tests.startup.spellings import TREE, TREE_KEYS, by_flags, by_keywords, outcome
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.errors import NotBuiltError, OptionError
+from vllm_specplus.proposers.heads.checkpoint import save_heads
 from vllm_specplus.startup import host, options
 
 pytestmark = pytest.mark.usefixtures("only_the_options_patched")
@@ -122,6 +126,31 @@ def test_heads_go_to_our_engine(method: str, tree: str, model: str, tmp_path: Pa
     config = SpecPlusConfig.model_validate(arguments.additional_config["specplus"])
     assert (config.method, config.num_speculative_tokens) == (method, 3)
     assert str(config.tree) == tree
+
+
+@pytest.mark.parametrize("method", ["mtp3", "mtp3+ngram"])
+def test_heads_are_a_draft_model_of_vllm_on_v2(
+    method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("wanted_engine", "tree_engine"):
+        monkeypatch.setattr(options, name, lambda: host.V2_ENGINE)
+    wanted: dict[str, Any] = {"speculative_model": f"[{method}]{tmp_path}"}
+    wanted |= TREE_OF_HEADS if method == "mtp3+ngram" else {"num_speculative_tokens": 3}
+    save_heads(tmp_path, heads(), modules(heads()))
+    with pytest.raises(OptionError, match="do not say in our format what vocab_size"):
+        by_keywords(model, **wanted)
+    save_heads(tmp_path, heads(vocab_size=99), modules(heads()))
+    arguments = by_keywords(model, **wanted)
+    assert arguments.speculative_config == {
+        "method": "mtp",
+        "model": str(tmp_path),
+        "num_speculative_tokens": 3,
+    }
+    trees = method == "mtp3+ngram"
+    assert arguments.worker_cls == (host.V2_ENGINE.worker_cls if trees else "auto")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.model_type, config.architectures) == ("mtp", ["SpecPlusMTP"])
+    assert (config.vocab_size, config.hidden_size) == (99, 12)
 
 
 def test_keys_of_vllm_are_handed_on_for_a_chain(model: str) -> None:

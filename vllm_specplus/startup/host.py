@@ -146,7 +146,7 @@ V2_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
-    methods=("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram"),
+    methods=("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
 )
 V2_CPU_ENGINE = replace(
     V2_ENGINE,

@@ -23,6 +23,7 @@ from vllm_specplus.config import (
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
 from vllm_specplus.errors import OptionError, bad_option, not_built
+from vllm_specplus.proposers.heads.hf import register_heads
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     Engine,
@@ -30,6 +31,7 @@ from vllm_specplus.startup.host import (
     native_rules,
     num_mtp_modules,
     tree_engine,
+    wanted_engine,
 )
 
 Need = Literal["checks", "trees"]
@@ -145,7 +147,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     engine = tree_engine()
     _check_built(config, engine, str(result.get("model")))
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
-    trunks = [spec for spec in config.methods if METHODS[spec.name].native and spec.name != "ngram"]
+    trunks = [spec for spec in config.methods if spec.name != "ngram"]
     if trunks and engine is not CPU_ENGINE:
         chain = native_config(config.model_copy(update={"verify": "auto"}), trunks[0])
         if config.verify in DRAWN_RULES:
@@ -165,12 +167,14 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
 
 
 def _is_native(config: SpecPlusConfig, model: str) -> bool:
-    """Whether vLLM itself runs what is asked for: a chain, without heads of ours."""
+    """Whether vLLM itself runs what is asked for: a chain, but of heads only on the V2 runner."""
     if not isinstance(config.tree, Chain) or len(config.methods) > 1:
         return False
     (spec,) = config.methods
+    if METHODS[spec.name].heads and spec.model is None:
+        return num_mtp_modules(model) > 0
     if METHODS[spec.name].heads:
-        return spec.model is None and num_mtp_modules(model) > 0
+        return wanted_engine() is not CPU_ENGINE
     return METHODS[spec.name].native is not None
 
 
@@ -257,6 +261,8 @@ def native_config(config: SpecPlusConfig, spec: MethodSpec) -> dict[str, Any]:
     }
     if spec.model is not None:
         native["model"] = spec.model
+        if own.heads:
+            register_heads(spec.model)
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
         if spec.name == "ngram" and f"ngram_{key}" in config.model_fields_set:
             native[key] = getattr(config, f"ngram_{key}")
@@ -284,8 +290,7 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
     trees = ", ".join(f"[{name}]" for name in engine.methods)
     heads = [spec.model for spec in config.methods if METHODS[spec.name].heads and spec.model]
     chain = isinstance(config.tree, Chain) and not heads
-    unknown = config.method not in engine.methods or (heads and engine is not CPU_ENGINE)
-    if chain or unknown:
+    if chain or config.method not in engine.methods:
         raise not_built(
             "speculative_model",
             config.speculative_model,

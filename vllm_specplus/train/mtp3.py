@@ -45,6 +45,7 @@ class MTP3:
             config = HeadsConfig(
                 target=teacher.name,
                 embedding_sha256=embedding_sha256(teacher.embedding),
+                vocab_size=teacher.config.vocab_size,
                 num_modules=self.num_depths,
                 tied=tied,
                 hidden_state_from=hidden_state_from,

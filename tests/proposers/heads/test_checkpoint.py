@@ -149,6 +149,9 @@ def test_fit(tmp_path: Path) -> None:
         check_fits(loaded, hidden_size=16, vocab_size=10)
     with pytest.raises(OptionError, match="draft token 9, but the model has 9 tokens"):
         check_fits(loaded, hidden_size=12, vocab_size=9)
+    loaded = load_heads(saved(tmp_path, vocab_size=11)[0])
+    with pytest.raises(OptionError, match="have vocab_size 11, but the model has 10"):
+        check_fits(loaded, hidden_size=12, vocab_size=10)
 
 
 def test_embedding_hash_knows_the_model_but_not_its_dtype() -> None:

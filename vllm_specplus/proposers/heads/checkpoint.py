@@ -46,6 +46,9 @@ class HeadsConfig(BaseModel):
     embedding_sha256: str | None = Field(
         default=None, description="`embedding_sha256` of that model, None if it was not kept"
     )
+    vocab_size: PositiveInt | None = Field(
+        default=None, description="tokens of the target, None if it was not kept"
+    )
     num_modules: PositiveInt = Field(description="depths; past the last its module goes on")
     tied: bool = Field(description="one set of weights at all depths")
     hidden_state_from: Literal["previous", "target"] = Field(
@@ -194,6 +197,9 @@ def check_fits(checkpoint: HeadsCheckpoint, hidden_size: int, vocab_size: int) -
     way_out = f"they were trained for {config.target}: serve that, or train heads for this model"
     if config.hidden_size != hidden_size:
         reason = f"have hidden_size {config.hidden_size}, but the model has {hidden_size}"
+        raise bad_option("heads", checkpoint.path, reason, way_out)
+    if config.vocab_size not in (None, vocab_size):
+        reason = f"have vocab_size {config.vocab_size}, but the model has {vocab_size}"
         raise bad_option("heads", checkpoint.path, reason, way_out)
     if vocab is not None and int(vocab.max()) >= vocab_size:
         reason = f"draft token {int(vocab.max())}, but the model has {vocab_size} tokens"

@@ -1,0 +1,102 @@
+"""Trained MTP modules as a draft model of vLLM's, which its multi-module speculator drafts chains
+with on the V2 runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_specplus.engine.compat import (
+    Attention,
+    LogitsProcessor,
+    VllmConfig,
+    VocabParallelEmbedding,
+)
+from vllm_specplus.proposers.heads.checkpoint import check_fits, load_heads
+from vllm_specplus.proposers.heads.mtp import MTPHeads
+
+
+class SpecPlusMTP(nn.Module):
+    """A heads checkpoint; vLLM gives it the target's embedding and head when it is loaded.
+
+    The modules are whole on every rank of a tensor parallel group.
+    """
+
+    model: Any
+    lm_head: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        options, target = vllm_config.speculative_config, vllm_config.model_config
+        checkpoint = load_heads(options.draft_model_config.model)
+        self.config = checkpoint.config
+        check_fits(checkpoint, target.get_hidden_size(), target.get_vocab_size())
+        self.vocab_size = target.get_vocab_size()
+        heads = MTPHeads.from_checkpoint(checkpoint).to(target.dtype)
+        self.model = nn.Module()  # where vLLM puts the target's `embed_tokens`
+        depths = range(options.num_speculative_tokens)
+        self._modules_at = nn.ModuleList(heads.at(depth) for depth in depths)
+        first = target.get_total_num_hidden_layers()
+        self._attention = nn.ModuleList(
+            Attention(
+                self.config.num_attention_heads,
+                self.config.head_dim,
+                self.config.head_dim**-0.5,
+                self.config.num_key_value_heads,
+                cache_config=vllm_config.cache_config,
+                prefix=f"specplus.mtp.{first + depth}.attn",
+            )
+            for depth in depths
+        )
+        self.draft_vocab = checkpoint.draft_vocab
+        if self.draft_vocab is not None:
+            self.draft_vocab = self.draft_vocab.to(next(heads.parameters()).device)
+        self.logits_processor = LogitsProcessor(self.vocab_size)
+        self._draft_head: torch.Tensor | None = None
+        self._target_states = torch.empty(0)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """All are loaded when the model is built, which checks them."""
+        return {name for name, _ in self.named_parameters()}
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] -> [num_tokens, hidden_size], as the target scales them."""
+        return self.model.embed_tokens(input_ids) * self.config.embed_scale
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> torch.Tensor:
+        """The hidden states of depth `spec_step_idx`, [num_tokens, hidden_size] like those above.
+
+        input_ids: [num_tokens], the tokens behind the positions' own by the depth, plus one.
+        """
+        if self.config.hidden_state_from == "target":
+            if spec_step_idx == 0:
+                self._target_states = hidden_states.clone()
+            hidden_states = self._target_states
+        attention = self._attention[spec_step_idx]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention(q.flatten(1), k.flatten(1), v.flatten(1)).view_as(q)
+
+        module = self._modules_at[spec_step_idx]
+        return module(hidden_states, self.embed_input_ids(input_ids), positions, attend)
+
+    def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
+        """[num_rows, vocab_size]; -inf outside the draft vocabulary."""
+        if self.draft_vocab is None:
+            return self.logits_processor(self.lm_head, hidden_states)
+        if self._draft_head is None:
+            self._draft_head = VocabParallelEmbedding.forward(self.lm_head, self.draft_vocab)
+        drafted = nn.functional.linear(hidden_states, self._draft_head)
+        logits = drafted.new_full((len(drafted), self.vocab_size), -torch.inf)
+        return logits.index_copy_(1, self.draft_vocab, drafted)
