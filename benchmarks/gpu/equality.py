@@ -1,9 +1,9 @@
 """Are texts with token trees those of plain decoding? `python -m benchmarks.gpu.equality`.
 
 Every cell of the matrix (model, dtype, CUDA graphs or none, temperature) starts plain vLLM, its own
-n-gram chains and our trees, each in a process of its own, and compares what they write at several
-batch sizes. The models are tiny and random, made so that every mask, position and key counts. vLLM
-chooses the engine: its V2 runner on GPUs, V1 on CPUs.
+n-gram chains and our trees (n-grams, static and dynamic, and around a drafter), each in a process of
+its own, and compares what they write at several batch sizes. The models are tiny and random, made so
+that every mask, position and key counts. vLLM chooses the engine: its V2 runner on GPUs, V1 on CPUs.
 
 A cell fails where a greedy text leaves plain's and no near-tie of the logits explains it, where a
 sampled text of our trees in fp32 is not plain's (in bf16 that is only counted: rounding moves a
@@ -32,9 +32,17 @@ from benchmarks.e2e.methods import PLAIN, parse_methods
 from benchmarks.e2e.process import EngineError
 from benchmarks.e2e.prompts import load_prompts
 from benchmarks.provenance import commit, device_name, package_versions
+from tests.engine.engines import STATIC_TREE
+from tests.engine.heads import write_random
 from tests.engine.models import BUILDERS, MAX_MODEL_LEN, save
 
-OURS = "[ngram]:K=5:tree=dynamic:12:max=3"
+HEADS = Path(tempfile.gettempdir()) / "specplus-equality-heads"
+OURS = {
+    "dynamic": "[ngram]:K=5:tree=dynamic:12:max=3",
+    "static": f"[ngram]:K=5:tree={STATIC_TREE}:max=3",
+    "heads": f"[mtp3+ngram]{HEADS}:K=3:tree=dynamic:12:max=3",
+}
+"""Random heads draft nonsense beside what n-grams find; their chain is a drafter of vLLM's on V2."""
 NATIVE = {"cpu": "native-ngram:K=5:max=3:min=1", "cuda": "native-ngram-gpu:K=5:max=3:min=1"}
 MODELS = ("llama", "sliding")
 DTYPES = ("float32", "bfloat16")
@@ -57,7 +65,7 @@ def make_options(cell: Cell, model: Path, native: str, arguments: argparse.Names
     return Options(
         model=model,
         prompts=load_prompts(PROMPTS, arguments.prompts),
-        methods=parse_methods([native, OURS]),
+        methods=parse_methods([native, *(OURS[name] for name in arguments.ours)]),
         batch_sizes=tuple(arguments.batch_sizes),
         max_tokens=arguments.max_tokens,
         temperature=cell.temperature,
@@ -71,7 +79,7 @@ def make_options(cell: Cell, model: Path, native: str, arguments: argparse.Names
 def problems(cell: Cell, result: Result) -> Iterator[str]:
     """Why the cell fails; nothing if it holds."""
     for row in result.rows:
-        if row.method == OURS and not row.accepted:
+        if row.method in OURS.values() and not row.accepted:
             yield f"{row.method} at batch {row.batch_size}: no draft was accepted"
     for equality in result.equalities:
         if equality.num_unexplained or (_must_be_equal(cell, equality) and equality.divergences):
@@ -84,7 +92,7 @@ def problems(cell: Cell, result: Result) -> Iterator[str]:
 
 def _must_be_equal(cell: Cell, equality: Equality) -> bool:
     """Sampled texts under rule `match`; stock rejection sampling draws other numbers."""
-    return cell.temperature > 0 and cell.dtype == "float32" and equality.method == OURS
+    return cell.temperature > 0 and cell.dtype == "float32" and equality.method in OURS.values()
 
 
 def run_cell(cell: Cell, native: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +128,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
     add("--temperatures", nargs="+", type=float, default=TEMPERATURES)
-    add("--batch-sizes", nargs="+", type=int, default=(1, 8), metavar="N")
+    add("--ours", nargs="+", choices=OURS, default=list(OURS), help="our trees")
+    add("--batch-sizes", nargs="+", type=int, default=(1, 3, 9), metavar="N")
     add("--prompts", type=int, default=16, help="this many, evenly taken from benchmarks/data")
     add("--max-tokens", type=int, default=96)
     add("--json", type=Path, default=RESULTS / "equality.json", metavar="OUT")
@@ -132,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     import torch
 
+    write_random(HEADS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     axes = arguments.models, arguments.dtypes, arguments.graphs, arguments.temperatures
     cells = []

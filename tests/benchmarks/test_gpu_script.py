@@ -118,14 +118,16 @@ def test_the_stripped_wheel_keeps_what_is_imported() -> None:
 @without_gpu
 def test_one_cell_of_the_matrix_holds_here(tmp_path: Path) -> None:
     """Sampled, where our trees must give plain's text; vLLM takes its CPU engine."""
+    ours = "--ours static heads"
     status, output, summary = run(
-        tmp_path, "--only", "equality", "--tiny", EQUALITY="--temperatures 0.1", OMP_NUM_THREADS=1
+        tmp_path, "--only", "equality", "--tiny", EQUALITY=f"--temperatures 0.1 {ours}", OMP_NUM_THREADS=1
     )
     assert (status, "equality: ok" in summary) == (0, True), output[-3000:]
     [cell] = json.loads((tmp_path / "out/equality.json").read_text())["cells"]
     assert cell["problems"] == []
-    assert cell["equal"][f"{equality.OURS} at batch 1"] == "2 of 2"
-    assert cell["accepted"][f"{equality.OURS} at batch 1"] > 0
+    for name in ("static", "heads"):
+        assert cell["equal"][f"{equality.OURS[name]} at batch 1"] == "2 of 2"
+        assert cell["accepted"][f"{equality.OURS[name]} at batch 1"] > 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_what_makes_a_cell_fail(
     divergences: int,
     said: list[str],
 ) -> None:
-    method = dict(method=equality.OURS, batch_size=1)
+    method = dict(method=equality.OURS["dynamic"], batch_size=1)
     compared = dict(compared=4, num_unexplained=unexplained, divergences=[None] * divergences)
     result: Any = SimpleNamespace(
         rows=[SimpleNamespace(**method, accepted=accepted)],

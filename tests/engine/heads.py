@@ -26,14 +26,18 @@ FIRST_DRAFTED = 3
 """The draft vocabulary leaves the tokens before this one out."""
 
 
-@cache
-def random_path(**fields: Any) -> str:
+def write_random(path: Path, **fields: Any) -> Path:
     """Random heads for the tiny models."""
-    path = mkdtemp(prefix="specplus-heads-")
     draft_vocab = torch.arange(FIRST_DRAFTED, VOCAB_SIZE)
-    heads = config(**SIZES | fields, draft_vocab_size=len(draft_vocab))
+    about = dict(draft_vocab_size=len(draft_vocab), vocab_size=VOCAB_SIZE)
+    heads = config(**SIZES | about | fields)
     save_heads(path, heads, modules(heads), draft_vocab)
     return path
+
+
+@cache
+def random_path(**fields: Any) -> str:
+    return str(write_random(Path(mkdtemp(prefix="specplus-heads-")), **fields))
 
 
 @cache
