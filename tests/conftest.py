@@ -6,6 +6,7 @@ One thread, in-process engines, quiet logs; Triton kernels run in its interprete
 from __future__ import annotations
 
 import os
+
 import pytest
 import torch
 

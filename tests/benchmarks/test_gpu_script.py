@@ -120,7 +120,12 @@ def test_one_cell_of_the_matrix_holds_here(tmp_path: Path) -> None:
     """Sampled, where our trees must give plain's text; vLLM takes its CPU engine."""
     ours = "--ours static heads"
     status, output, summary = run(
-        tmp_path, "--only", "equality", "--tiny", EQUALITY=f"--temperatures 0.1 {ours}", OMP_NUM_THREADS=1
+        tmp_path,
+        "--only",
+        "equality",
+        "--tiny",
+        EQUALITY=f"--temperatures 0.1 {ours}",
+        OMP_NUM_THREADS=1,
     )
     assert (status, "equality: ok" in summary) == (0, True), output[-3000:]
     [cell] = json.loads((tmp_path / "out/equality.json").read_text())["cells"]

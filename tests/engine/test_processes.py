@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import psutil
 import pytest
-from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.engine.apart import RESULT
 from tests.engine.engines import DEFAULTS, model_path, reference, spec_options
 from tests.engine.features import facts, mixed, requests
 from tests.engine.heads import random_path
 from tests.engine.metrics import LOGGED, check
+from tests.engine.streaming import assert_streamed
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
@@ -113,34 +108,4 @@ def test_mtp_heads(layout):
 @pytest.mark.parametrize("method", ["static", "dynamic"])
 def test_async_engine_streams_and_aborts(method):
     asked = requests("greedy", 6)
-    plain = reference("llama", asked)
-    texts = asyncio.run(stream_all(asked, method, aborted=2))
-    for index, output in enumerate(plain):
-        whole = output.outputs[0].text
-        if index == 2:
-            assert texts[index] and whole.startswith(texts[index]) and texts[index] != whole
-        else:
-            assert texts[index] == whole
-
-
-async def stream_all(asked, method: str, aborted: int) -> list[str]:
-    """Texts joined from deltas; request `aborted` is dropped after its first chunk."""
-    options = DEFAULTS | spec_options(method)
-    args = AsyncEngineArgs(model=str(model_path("llama")), **options)
-    engine = AsyncLLM.from_engine_args(args)
-
-    async def stream(index: int) -> str:
-        params: SamplingParams = asked[index].params.clone()
-        params.output_kind = RequestOutputKind.DELTA
-        text = ""
-        prompt = {"prompt_token_ids": list(asked[index].prompt)}
-        async for output in engine.generate(prompt, params, request_id=uuid.uuid4().hex):
-            text += output.outputs[0].text
-            if index == aborted and text:
-                break
-        return text
-
-    try:
-        return await asyncio.gather(*(stream(index) for index in range(len(asked))))
-    finally:
-        engine.shutdown()
+    assert_streamed(asked, reference("llama", asked), **DEFAULTS | spec_options(method))

@@ -19,9 +19,10 @@ from vllm import LLM, RequestOutput
 from tests.engine import v2, v2_drafters
 from tests.engine.drafters import drafter_path
 from tests.engine.engines import DEFAULTS, Request, model_path
-from tests.engine.features import assert_equal, params, prompts
+from tests.engine.features import assert_equal, params, prompts, requests
 from tests.engine.metrics import check, gather
 from tests.engine.proposers import Truth, truth
+from tests.engine.streaming import ABORTED, assert_streamed
 
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles one function where there are two workers
 CORE = dict(VLLM_ENABLE_V1_MULTIPROCESSING="1")
@@ -113,9 +114,16 @@ def drafter(name: str) -> None:
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
+def streams() -> None:
+    """vLLM's asynchronous engine, as a server uses it."""
+    wanted = requests("greedy", ABORTED + 2)
+    assert_streamed(wanted, v2.plain_run("llama", wanted), **DEFAULTS | v2.TREE)
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "processes: core apart": lambda: features(CORE),
     "processes: two workers": lambda: features({}, **TWO_WORKERS),
+    "processes: asynchronous engine": streams,
     "processes: two workers, eagle": lambda: drafter("eagle"),
     "processes: two workers, heads": lambda: drafter("heads"),
 }

@@ -109,8 +109,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         layers = self.compilation_config.static_forward_context
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
             caches = [layers[name].kv_cache for name in group.layer_names]
-            distinct = {cache.data_ptr(): cache for cache in caches}.values()
-            self._commit_plans[gid] = KVCommitPlan([v for c in distinct for v in vec_kv_views(c)])
+            self._commit_plans[gid] = KVCommitPlan([v for c in caches for v in vec_kv_views(c)])
             if self.drafter.heads is not None:
                 self.drafter.heads.bind(group.layer_names, self.input_batch.block_table[gid])
 
