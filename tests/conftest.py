@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Modules with a function `begin` have work for the second core, on which others need not wait."""
+    """Modules with a function `begin` have work for the second core, which nobody waits for yet."""
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
     for module in modules:
         if hasattr(module, "begin") and not session.config.option.collectonly:

@@ -1,9 +1,10 @@
 """Are texts with token trees those of plain decoding? `python -m benchmarks.gpu.equality`.
 
 Every cell of the matrix (model, dtype, CUDA graphs or none, temperature) starts plain vLLM, its own
-n-gram chains and our trees (n-grams, static and dynamic, and around a drafter), each in a process of
-its own, and compares what they write at several batch sizes. The models are tiny and random, made so
-that every mask, position and key counts. vLLM chooses the engine: its V2 runner on GPUs, V1 on CPUs.
+n-gram chains and our trees (n-grams, static and dynamic, and around a drafter), each in a process
+of its own, and compares what they write at several batch sizes. The models are tiny and random,
+made so that every mask, position and key counts. vLLM chooses the engine: its V2 runner on GPUs, V1
+on CPUs.
 
 A cell fails where a greedy text leaves plain's and no near-tie of the logits explains it, where a
 sampled text of our trees in fp32 is not plain's (in bf16 that is only counted: rounding moves a
@@ -42,7 +43,7 @@ OURS = {
     "static": f"[ngram]:K=5:tree={STATIC_TREE}:max=3",
     "heads": f"[mtp3+ngram]{HEADS}:K=3:tree=dynamic:12:max=3",
 }
-"""Random heads draft nonsense beside what n-grams find; their chain is a drafter of vLLM's on V2."""
+"""Random heads draft nonsense beside what n-grams find; on V2 vLLM drafts their chain."""
 NATIVE = {"cpu": "native-ngram:K=5:max=3:min=1", "cuda": "native-ngram-gpu:K=5:max=3:min=1"}
 MODELS = ("llama", "sliding")
 DTYPES = ("float32", "bfloat16")

@@ -20,6 +20,8 @@ from unittest import mock
 import numpy as np
 import torch
 from vllm import LLM, SamplingParams
+from vllm.config.compilation import CUDAGraphMode
+from vllm.platforms.cpu import CpuPlatform
 
 from tests.engine import v2
 from tests.engine.distribution import PROMPT, conditionals, joint
@@ -157,6 +159,22 @@ def distribution(rule: str, name: str = "draft") -> None:
         assert p_value(tokens[:, kept], probs.sum(summed)) > SMALLEST_P, (rule, kept)
 
 
+def graphs(name: str) -> None:
+    """On a GPU all is graphed but a first pass over the metadata of the target's trees."""
+    executor = drafting(name, DEPTH).llm.llm_engine.engine_core.engine_core.model_executor
+    speculator = executor.driver_worker.worker.model_runner.speculator
+    managers = {n for n in vars(speculator.__wrapped__) if n.endswith("cudagraph_manager")}
+    before = {manager: getattr(speculator, manager) for manager in managers}
+    with mock.patch.object(CpuPlatform, "get_global_graph_pool"):
+        speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    for manager in managers:
+        mode = getattr(speculator, manager).cudagraph_mode
+        assert mode.has_full_cudagraphs() == (manager != "prefill_cudagraph_manager")
+    for manager, value in before.items():
+        setattr(speculator.__wrapped__, manager, value)
+    assert managers
+
+
 def by_heart(hidden_state_from: str) -> None:
     """Heads that know texts by heart: nearly all that they draft is accepted."""
     heads, learned = fitted("llama", **HEADS | dict(hidden_state_from=hidden_state_from))
@@ -185,6 +203,7 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
     }
     of_some = {
         "preemption": lambda: preemption(name),
+        "graphs": lambda: graphs(name),
         "async": lambda: asynchronous(name),
     }
     runs = of_all | (of_eagle if name == "eagle" else {})

@@ -20,6 +20,8 @@ import wrapt
 
 from tests.startup.sources import MissingNameError, Sources
 from vllm_specplus import engine as engine_package
+from vllm_specplus.engine.attention import GPU_BACKENDS
+from vllm_specplus.engine.compat import AttentionBackendEnum
 from vllm_specplus.startup import host
 
 ENGINES = [engine for engine in vars(host).values() if isinstance(engine, host.Engine)]
@@ -81,6 +83,8 @@ ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
     (V1_RUNNER, "GPUModelRunner.sample_tokens"): ("self._sample", "self._bookkeeping_sync"),
 }
 """Calls in vLLM's functions that must stand in this order."""
+PACKED = "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)"
+"""How backends find keys and values in the cache of a GPU."""
 INSTANCES = {
     "input_batch": "InputBatch",
     "req_states": "RequestState",
@@ -312,6 +316,14 @@ def _attributes_of(tree: ast.AST, owner: str) -> Iterator[ast.Attribute]:
 
 def _last_word(node: ast.expr) -> str:
     return ast.unparse(node).rpartition(".")[2].lstrip("_")
+
+
+def cache_problems(sources: Sources) -> Iterator[str]:
+    """Backends that do not split their KV cache as `packed_kv_views` does."""
+    for name in GPU_BACKENDS:
+        module = AttentionBackendEnum[name].value.rpartition(".")[0]
+        if PACKED not in (ast.unparse(call) for _, call in sources.calls(module)):
+            yield f"{name} does not read its cache by {PACKED}"
 
 
 def order_problems(sources: Sources) -> Iterator[str]:

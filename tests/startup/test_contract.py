@@ -57,6 +57,7 @@ def problems(vllm: Sources) -> Iterator[str]:
         yield from _named("instances", contract.instance_problems(vllm, text))
         yield from _named("calls", contract.call_problems(vllm, sources("installed"), text))
     yield from _named("order", contract.order_problems(vllm))
+    yield from _named("cache", contract.cache_problems(vllm))
 
 
 def _named(check: str, found: Iterator[str]) -> Iterator[str]:
@@ -136,6 +137,12 @@ SABOTAGES: dict[str, tuple[str, str, str, str]] = {
         "        sampler_output, num_sampled, num_rejected = self.sample(",
         "order: GPUModelRunner.sample_tokens calls self.speculator.propose before "
         "self.postprocess_sampled",
+    ),
+    "the cache of a GPU is laid out otherwise": (
+        "vllm/v1/attention/backends/flashinfer.py",
+        "k_cache, v_cache = kv_cache.transpose(1, 2).split(",
+        "k_cache, v_cache = kv_cache.split(",
+        "cache: FLASHINFER does not read its cache by kv_cache.transpose(1, 2).split(",
     ),
     "a step of the order is gone": (
         WORKER + "model_runner.py",

@@ -84,11 +84,17 @@ class ChainDrafter(wrapt.ObjectProxy):
         self._self_depth = ngram.config.num_speculative_tokens
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Without full graphs, whose metadata must be padded to the batch that was captured."""
-        piecewise = cudagraph_mode.has_piecewise_cudagraphs()
-        self.__wrapped__.init_cudagraph_manager(
-            CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
-        )
+        """Full graphs for all but a first pass that takes the target's metadata, in which graphs
+        would find the trees that they were not to see."""
+        drafter, piecewise = self.__wrapped__, cudagraph_mode.has_piecewise_cudagraphs()
+        prefill = None
+        if hasattr(drafter, "prefill_cudagraph_manager"):
+            without = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+            drafter.init_cudagraph_manager(without)
+            prefill = drafter.prefill_cudagraph_manager
+        drafter.init_cudagraph_manager(cudagraph_mode)
+        if prefill is not None:
+            drafter.prefill_cudagraph_manager = prefill
 
     def capture(self) -> None:
         """Captures graphs without trees."""
