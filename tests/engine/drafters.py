@@ -1,7 +1,7 @@
 """Tiny targets with a vocabulary so small that untrained drafters are right now and then.
 
-Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and GLM-4.5 with one and
-with three MTP modules. Their weights are random, so only what they accept is compared.
+Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and targets with MTP modules
+of their own: GLM-4.5 with one, two and three, Qwen3-Next with three, MiMo with one. Their weights are random, so only what they accept is compared.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tests.engine.models import COMMON, TINY_VOCAB_SIZE, llama, randomize
@@ -128,7 +132,7 @@ def glm(path: Path, num_modules: int, hidden_state_from: str = "previous") -> Pa
         **COMMON,
     )
     model = randomize(Glm4MoeForCausalLM(config), seed=4)
-    model.model.norm.weight[0] = 0
+    model.model.norm.weight[0] *= num_modules == 1
     model.save_pretrained(path)
     weights = load_file(path / "model.safetensors")
     last = f"model.layers.{NUM_LAYERS - 1}."
@@ -160,6 +164,52 @@ def glm(path: Path, num_modules: int, hidden_state_from: str = "previous") -> Pa
     return _write(path, weights, json.loads((path / "config.json").read_text()))
 
 
+def qwen(path: Path, num_modules: int) -> Path:
+    """Qwen3-Next of full attention alone, whose MTP class leaves the choice of the module to its
+    inner model. One projection for all modules; their layers are the target's last, ever quieter."""
+    config = Qwen3NextConfig(
+        vocab_size=TINY_VOCAB_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        layer_types=["full_attention"] * NUM_LAYERS,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=HIDDEN,
+        shared_expert_intermediate_size=HIDDEN,
+        num_nextn_predict_layers=num_modules,
+        **COMMON,
+    )
+    model = randomize(Qwen3NextForCausalLM(config), seed=8)
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    last = f"model.layers.{NUM_LAYERS - 1}."
+    for module in range(num_modules):
+        for key in [key for key in weights if key.startswith(last)]:
+            name = key.replace(last, f"mtp.layers.{module}.")
+            weights[name] = _quiet(key, weights[key]) * (1 - 0.2 * module)
+    for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        weights[f"mtp.{norm}.weight"] = torch.zeros(HIDDEN)  # one is added
+    weights["mtp.fc.weight"] = _next_hidden(model, normed=True)
+    return _write(path, weights, json.loads((path / "config.json").read_text()))
+
+
+def mimo(path: Path) -> Path:
+    """MiMo-7B with its one module, whose layer is the target's last."""
+    config = Qwen2Config(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **COMMON)
+    model = randomize(Qwen2ForCausalLM(config), seed=9)
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    last, module = f"model.layers.{NUM_LAYERS - 1}.", "model.mtp_layers.0."
+    for key in [key for key in weights if key.startswith(last)]:
+        weights[key.replace(last, module)] = _quiet(key, weights[key]).clone()
+    for norm in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[f"{module}{norm}.weight"] = torch.ones(HIDDEN)
+    embedding, hidden = _next_hidden(model, normed=True).chunk(2, 1)
+    weights[f"{module}input_proj.weight"] = torch.cat([hidden, embedding], 1)
+    fields = json.loads((path / "config.json").read_text())
+    fields |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    return _write(path, weights, fields)
+
+
 BUILDERS = {
     "target": target,
     "draft": draft,
@@ -168,6 +218,8 @@ BUILDERS = {
     "glm1": lambda path: glm(path, 1),
     "glm2": lambda path: glm(path, 2),
     "glm3": lambda path: glm(path, 3),
+    "mimo": mimo,
+    "qwen3": lambda path: qwen(path, 3),
     "glm3 from target": lambda path: glm(path, 3, "target"),
 }
 

@@ -70,6 +70,7 @@ MTP_MODELS: dict[str, MTPModel] = {
     "mimo_v2_mtp": MTPModel(
         "MiMo-V2",
         ("MiMoV2ForCausalLM", "MiMoV2OmniForCausalLM", "MiMoV2FlashForCausalLM"),
+        default=1,
         hidden_state_from="target",
         source="SGLang, the same file: runs MiMo-V2, does not chain it",
         runs=1,

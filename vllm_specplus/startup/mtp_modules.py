@@ -78,7 +78,7 @@ def count_modules(override: Callable[[Any], Any], depth: int, hf_config: Any) ->
 
     Only where vLLM's class runs more than one of them in a draft of `depth` tokens.
     """
-    fields = hf_config.to_dict()
+    fields = hf_config.to_dict() | {"model_type": hf_config.model_type}
     row = find_mtp_model(fields)
     num_modules = 0 if row is None else row.count(fields)
     draft = override(hf_config)
