@@ -1,7 +1,8 @@
 """Tiny targets with a vocabulary so small that untrained drafters are right now and then.
 
-Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and targets with MTP modules
-of their own: GLM-4.5 with one, two and three, Qwen3-Next with three, MiMo with one. Their weights are random, so only what they accept is compared.
+Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and targets with MTP
+modules of their own: GLM-4.5 with one, two and three, Qwen3-Next with three, MiMo with one. Their
+weights are random, so only what they accept is compared.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def glm(path: Path, num_modules: int, hidden_state_from: str = "previous") -> Pa
 
 def qwen(path: Path, num_modules: int) -> Path:
     """Qwen3-Next of full attention alone, whose MTP class leaves the choice of the module to its
-    inner model. One projection for all modules; their layers are the target's last, ever quieter."""
+    inner model. One projection for all modules; their layers are the target's last, ever quieter.
+    """
     config = Qwen3NextConfig(
         vocab_size=TINY_VOCAB_SIZE,
         num_hidden_layers=NUM_LAYERS,

@@ -27,13 +27,13 @@ from tests.engine.drafters import drafter_path
 from tests.engine.engines import DEFAULTS, Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_distribution import SMALLEST_P, p_value
-from vllm_specplus.core.mtp_models import MTP_MODELS
+from vllm_specplus.core.mtp_models import MTP_MODELS, HiddenStateFrom
 from vllm_specplus.engine import v2_speculator
 from vllm_specplus.engine.drafters import chain
 
 DEPTH, NUM_NODES = 3, 8
 LENGTH, NUM_SEQUENCES = 3, 320
-HIDDEN_STATES = ("previous", "target")
+HIDDEN_STATES: tuple[HiddenStateFrom, ...] = ("previous", "target")
 DRAFTERS = {
     "draft": ("draft", "target"),
     "eagle": ("eagle", "target"),

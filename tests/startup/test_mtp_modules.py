@@ -33,7 +33,7 @@ TESTS = {
     "qwen3_next_mtp": "`experts: mtp3, qwen, 3 modules`",
     "mimo_mtp": "`drafter: mtp3, mimo, trunk`",
 }
-"""Model types that run in `tests/engine/v2_drafters.py`; of the others only the config is tested."""
+"""What runs in `tests/engine/v2_drafters.py`; of the others only the config is tested."""
 
 
 def config(row: MTPModel, target: str, count: int | None) -> PretrainedConfig:

@@ -134,7 +134,7 @@ MTP_MODELS: dict[str, MTPModel] = {
         source=_CHAINED,
     ),
 }
-"""By vLLM's name of the draft model, `SpeculativeConfig.draft_model_config.hf_config.model_type`."""
+"""By vLLM's name of the draft, `SpeculativeConfig.draft_model_config.hf_config.model_type`."""
 
 NOT_MODULES = {
     "mtp": "a spelling of the method; in vLLM 0.33 also Nemotron Parse 3.5, which has one step",

@@ -16,7 +16,6 @@ from typing import Any
 
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.mtp_models import NEXTN, find_mtp_model
-from vllm_specplus.engine.compat import scoped
 from vllm_specplus.startup.host import CPU_ENGINE, own_modules, tree_engine, wanted_engine
 
 logger = logging.getLogger("vllm.specplus")
@@ -58,6 +57,8 @@ def modules_worker(config: SpecPlusConfig, model: str) -> str | None:
 def counted_modules(engine_args: Any) -> Iterator[None]:
     """While a SpeculativeConfig is made for one of our workers: its draft counts the modules."""
     from vllm.config import SpeculativeConfig
+
+    from vllm_specplus.engine.compat import scoped
 
     keys = engine_args.speculative_config or {}
     ours = str(engine_args.worker_cls).startswith("vllm_specplus.")

@@ -79,7 +79,7 @@ def counting(target: Any, fields: set[str], num_layers: int) -> Iterator[None]:
         yield
 
 
-def repeat_last_module(model: nn.Module, num_modules: int, num_layers: int) -> None:
+def repeat_last_module(model: Any, num_modules: int, num_layers: int) -> None:
     """Has `model`, built with `num_layers` MTP layers, load the last of `num_modules` into those
     beyond."""
     if num_layers == num_modules:
