@@ -196,7 +196,8 @@ def qwen(path: Path, num_modules: int) -> Path:
 
 def mimo(path: Path) -> Path:
     """MiMo-7B with its one module, whose layer is the target's last."""
-    config = Qwen2Config(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **COMMON)
+    sizes: Any = COMMON | {"num_attention_heads": 2}  # its heads have hidden_size // 2 features
+    config = Qwen2Config(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **sizes)
     model = randomize(Qwen2ForCausalLM(config), seed=9)
     model.save_pretrained(path)
     weights = load_file(path / "model.safetensors")
