@@ -2,6 +2,10 @@
 
 The trunk of a tree of as many nodes as the drafter drafts is its chain, so it must accept exactly
 what vLLM's own chain accepts: a wrong row, hidden state, position or KV slot shows at once.
+
+Of the scenarios `mtp3`, each was seen to fail: with hidden states of the other kind, with the step
+not handed on to the inner model, with the third layer left empty, and with steps that begin again
+with the first module.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ class cannot run.
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from tests.engine.configs import LLAMA, write_config
 from tests.startup.spellings import by_keywords
 from vllm_specplus.core.mtp_models import MTP_MODELS, NEXTN, NOT_MODULES, MTPModel
 from vllm_specplus.startup import host
-from vllm_specplus.startup.mtp_modules import count_modules
+from vllm_specplus.startup.mtp_modules import count_modules, counted_modules
 
 DOC = Path(__file__).resolve().parents[2] / "docs/mtp-models.md"
 NEW_IN_33 = {"step5_mtp"}
@@ -139,6 +140,20 @@ def test_the_v1_runner_says_that_it_loops_one_module(
     with caplog.at_level("INFO", "vllm.specplus"):
         assert by_keywords(model, speculative_model="[mtp3]").worker_cls == "auto"
     assert "from module 1, unrolled (vLLM's V1 runner runs no other)" in caplog.text
+
+
+def test_only_our_workers_get_another_config() -> None:
+    compose = SpeculativeConfig.compose_draft_hf_overrides
+    keys = {"method": "mtp", "num_speculative_tokens": 5}
+    stock = SimpleNamespace(worker_cls="auto", speculative_config=keys)
+    ours = SimpleNamespace(worker_cls=host.V2_ENGINE.modules_worker_cls, speculative_config=keys)
+    with counted_modules(stock):
+        assert SpeculativeConfig.compose_draft_hf_overrides is compose
+    with counted_modules(ours):
+        override = SpeculativeConfig.compose_draft_hf_overrides(None)
+    assert SpeculativeConfig.compose_draft_hf_overrides is compose
+    override = pickle.loads(pickle.dumps(override))  # it goes to other processes
+    assert override(config(MTP_MODELS["glm4_moe_mtp"], "Glm4MoeForCausalLM", 2)).n_predict == 5
 
 
 def test_the_document_shows_the_table() -> None:
