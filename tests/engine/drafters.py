@@ -1,8 +1,8 @@
 """Tiny targets with a vocabulary so small that untrained drafters are right now and then.
 
-Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and GLM-4.5 with one and
-with three MTP modules. Their weights are random, so only what they accept is compared. Of our own
-heads there are fitted ones.
+Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and targets with MTP
+modules of their own: GLM-4.5 with one, two and three, Qwen3-Next with three, MiMo with one. Their
+weights are random, so only what they accept is compared. Of our own heads there are fitted ones.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tests.engine.engines import model_path
@@ -32,6 +36,7 @@ AUX_LAYERS = [0, 1]
 HIDDEN: Any = COMMON["hidden_size"]
 HEADS: dict[str, Any] = dict(hidden_state_from="previous", tied=False)
 """How our own heads are fitted."""
+MARK = 40.0
 
 
 def _write(path: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
@@ -58,17 +63,17 @@ def _quiet(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _next_hidden(model: PreTrainedModel, normed: bool) -> torch.Tensor:
-    """The linear map from [embedding of the next token, hidden state] to the next hidden state that
-    errs least on random text: [hidden_size, 2 * hidden_size]."""
+def _next_hidden(model: PreTrainedModel, normed: bool, ahead: int = 1) -> torch.Tensor:
+    """The linear map from [embedding of the token `ahead` places on, hidden state] to the hidden
+    state there that errs least on random text: [hidden_size, 2 * hidden_size]."""
     ids = torch.randint(TINY_VOCAB_SIZE, (64, 48), generator=torch.Generator().manual_seed(6))
     hidden = model.model(ids).last_hidden_state
     embeddings = model.get_input_embeddings()(ids)
-    parts = [embeddings[:, 1:], hidden[:, :-1]]
+    parts = [embeddings[:, ahead:], hidden[:, :-ahead]]
     if normed:
         parts = [part * part.square().mean(-1, keepdim=True).rsqrt() for part in parts]
     inputs = torch.cat(parts, -1).flatten(0, 1)
-    return torch.linalg.lstsq(inputs, hidden[:, 1:].flatten(0, 1)).solution.T
+    return torch.linalg.lstsq(inputs, hidden[:, ahead:].flatten(0, 1)).solution.T
 
 
 def _target() -> PreTrainedModel:
@@ -114,8 +119,13 @@ def eagle3(path: Path) -> Path:
     return _write(path, weights, config | {"architectures": ["LlamaForCausalLMEagle3"]})
 
 
-def glm(path: Path, num_modules: int) -> Path:
-    """A dense GLM-4.5 with MTP modules, whose layers are noisy copies of the target's last."""
+@torch.no_grad()
+def glm(path: Path, num_modules: int, hidden_state_from: str = "previous") -> Path:
+    """A dense GLM-4.5 with MTP modules, whose layers are noisy copies of the target's last.
+
+    Feature 0 is 0 in the target's hidden states and MARK in those of the modules, where it makes
+    the rest look smaller: modules that read the other kind than they expect read it wrongly.
+    """
     config = Glm4MoeConfig(
         vocab_size=TINY_VOCAB_SIZE,
         num_hidden_layers=NUM_LAYERS,
@@ -127,20 +137,84 @@ def glm(path: Path, num_modules: int) -> Path:
         **COMMON,
     )
     model = randomize(Glm4MoeForCausalLM(config), seed=4)
+    model.model.norm.weight[0] *= num_modules == 1
     model.save_pretrained(path)
-    eh_proj = _next_hidden(model, normed=True)
     weights = load_file(path / "model.safetensors")
     last = f"model.layers.{NUM_LAYERS - 1}."
+    embeddings = model.get_input_embeddings().weight
+    embeddings = embeddings * embeddings.square().mean(-1, keepdim=True).rsqrt()
+    mark = MARK * (num_modules > 1)
+    marking = mark * torch.linalg.lstsq(embeddings, torch.ones(len(embeddings), 1)).solution[:, 0]
+    ones, unmarked = torch.ones(HIDDEN), torch.full((HIDDEN,), (1 + mark**2 / HIDDEN) ** 0.5)
+    unmarked[0] = mark == 0
     for module in range(num_modules):
         name = f"model.layers.{NUM_LAYERS + module}."
         for key in [key for key in weights if key.startswith(last)]:
             weights[key.replace(last, name)] = _quiet(key, weights[key]).clone()
-        for norm in ("enorm", "hnorm", "shared_head.norm"):
-            weights[f"{name}{norm}.weight"] = torch.ones(HIDDEN)
-        weights[f"{name}eh_proj.weight"] = eh_proj + 0.3 * module * _random(*eh_proj.shape, seed=20)
+        for norm in ("input_layernorm", "post_attention_layernorm", "shared_head.norm"):
+            weights[f"{name}{norm}.weight"] = unmarked.clone()
+        from_target = hidden_state_from == "target"
+        eh_proj = _next_hidden(model, normed=True, ahead=1 + module * from_target)
+        if from_target:
+            eh_proj[:, HIDDEN] = _random(HIDDEN, 1, seed=21)[:, 0]
+        else:
+            eh_proj += 0.3 * module * _random(*eh_proj.shape, seed=20)
+        if mark:
+            eh_proj[0] = torch.cat([marking, torch.zeros(HIDDEN)])
+        weights[f"{name}eh_proj.weight"] = eh_proj
+        weights[f"{name}enorm.weight"] = ones.clone()
+        weights[f"{name}hnorm.weight"] = (ones if from_target or not module else unmarked).clone()
         weights[f"{name}shared_head.head.weight"] = weights["lm_head.weight"].clone()
         weights[f"{name}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
     return _write(path, weights, json.loads((path / "config.json").read_text()))
+
+
+def qwen(path: Path, num_modules: int) -> Path:
+    """Qwen3-Next of full attention alone, whose MTP class leaves the choice of the module to its
+    inner model. One projection for all modules; their layers are the target's last, ever quieter.
+    """
+    config = Qwen3NextConfig(
+        vocab_size=TINY_VOCAB_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        layer_types=["full_attention"] * NUM_LAYERS,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=HIDDEN,
+        shared_expert_intermediate_size=HIDDEN,
+        num_nextn_predict_layers=num_modules,
+        **COMMON,
+    )
+    model = randomize(Qwen3NextForCausalLM(config), seed=8)
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    last = f"model.layers.{NUM_LAYERS - 1}."
+    for module in range(num_modules):
+        for key in [key for key in weights if key.startswith(last)]:
+            name = key.replace(last, f"mtp.layers.{module}.")
+            weights[name] = _quiet(key, weights[key]) * (1 - 0.2 * module)
+    for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        weights[f"mtp.{norm}.weight"] = torch.zeros(HIDDEN)  # one is added
+    weights["mtp.fc.weight"] = _next_hidden(model, normed=True)
+    return _write(path, weights, json.loads((path / "config.json").read_text()))
+
+
+def mimo(path: Path) -> Path:
+    """MiMo-7B with its one module, whose layer is the target's last."""
+    sizes: Any = COMMON | {"num_attention_heads": 2}  # its heads have hidden_size // 2 features
+    config = Qwen2Config(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **sizes)
+    model = randomize(Qwen2ForCausalLM(config), seed=9)
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    last, module = f"model.layers.{NUM_LAYERS - 1}.", "model.mtp_layers.0."
+    for key in [key for key in weights if key.startswith(last)]:
+        weights[key.replace(last, module)] = _quiet(key, weights[key]).clone()
+    for norm in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[f"{module}{norm}.weight"] = torch.ones(HIDDEN)
+    embedding, hidden = _next_hidden(model, normed=True).chunk(2, 1)
+    weights[f"{module}input_proj.weight"] = torch.cat([hidden, embedding], 1)
+    fields = json.loads((path / "config.json").read_text())
+    fields |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    return _write(path, weights, fields)
 
 
 BUILDERS = {
@@ -149,12 +223,16 @@ BUILDERS = {
     "eagle": eagle,
     "eagle3": eagle3,
     "glm1": lambda path: glm(path, 1),
+    "glm2": lambda path: glm(path, 2),
     "glm3": lambda path: glm(path, 3),
     "llama": lambda _: Path(model_path("llama")),
-    "mtp3": lambda _: Path(fitted("llama", **HEADS)[0]),
+    "heads": lambda _: Path(fitted("llama", **HEADS)[0]),
+    "mimo": mimo,
+    "qwen3": lambda path: qwen(path, 3),
+    "glm3 from target": lambda path: glm(path, 3, "target"),
 }
 
 
 @cache
 def drafter_path(name: str) -> str:
-    return str(BUILDERS[name](Path(mkdtemp(prefix=f"specplus-{name}-"))))
+    return str(BUILDERS[name](Path(mkdtemp(prefix=f"specplus-{name.split()[0]}-"))))

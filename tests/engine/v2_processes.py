@@ -101,7 +101,7 @@ def drafter(name: str) -> None:
     method, target = v2_drafters.DRAFTERS[name]
     plain = v2_drafters.engine(target).run(wanted)
     options = dict(
-        speculative_model=f"[{method}+ngram]{drafter_path(method)}",
+        speculative_model=f"[{method}+ngram]{drafter_path(name)}",
         num_speculative_tokens=v2_drafters.DEPTH,
         speculative_tree=f"dynamic:{v2_drafters.NUM_NODES}",
         skip_tokenizer_init=True,

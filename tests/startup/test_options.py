@@ -102,12 +102,19 @@ def test_chains_of_vllm_are_left_to_vllm(
         assert given == (native | {"num_speculative_tokens": 5}, *stock[1:])
 
 
-@pytest.mark.parametrize("count", host.MODULE_COUNTS)
+@pytest.mark.parametrize(
+    ("model_type", "count"),
+    [
+        ("deepseek_v3", "num_nextn_predict_layers"),
+        ("qwen3_5_text", "mtp_num_hidden_layers"),
+        ("minimax_m3_vl", "num_mtp_modules"),
+    ],
+)
 @pytest.mark.parametrize("method", ["mtp", "mtp3"])
 def test_chains_of_the_models_own_modules_are_left_to_vllm(
-    method: str, count: str, tmp_path: Path
+    method: str, model_type: str, count: str, tmp_path: Path
 ) -> None:
-    model = write_config(tmp_path, LLAMA | {count: 1})
+    model = write_config(tmp_path, LLAMA | {"model_type": model_type, count: 1})
     arguments = by_keywords(model, speculative_model=f"[{method}]", num_speculative_tokens=2)
     assert arguments.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
     with pytest.raises(OptionError, match="needs heads"):

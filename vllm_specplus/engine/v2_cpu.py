@@ -9,8 +9,9 @@ from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend
 from vllm_specplus.engine.compat import AttentionBackendEnum, scoped
 from vllm_specplus.engine.compat_cpu import CPUWorker
 from vllm_specplus.engine.compat_v2 import CPUModelRunner
+from vllm_specplus.engine.drafters.modules import ModulesRunner
 from vllm_specplus.engine.v2 import TreeRunner
-from vllm_specplus.engine.worker_v2 import TreeWorker
+from vllm_specplus.engine.worker_v2 import ModulesWorker, TreeWorker
 
 
 class TreeCPURunner(TreeRunner, CPUModelRunner):
@@ -21,10 +22,28 @@ class TreeCPURunner(TreeRunner, CPUModelRunner):
         return gpu_backends() | {AttentionBackendEnum.CPU_ATTN: TreeCPUAttentionBackend}
 
 
-class TreeCPUWorker(TreeWorker, CPUWorker):
-    """vLLM's CPU worker around `TreeCPURunner`."""
+class ModulesCPURunner(ModulesRunner, CPUModelRunner):
+    """vLLM's V2 runner for CPUs with all modules."""
+
+
+class _CPUWorker(CPUWorker):
+    """vLLM's CPU worker around another runner."""
+
+    runner_cls: type[CPUModelRunner]
 
     def init_device(self) -> None:
         module = sys.modules[CPUModelRunner.__module__]
-        with scoped(module, "CPUModelRunner", TreeCPURunner):
+        with scoped(module, "CPUModelRunner", self.runner_cls):
             super().init_device()
+
+
+class TreeCPUWorker(TreeWorker, _CPUWorker):
+    """`TreeWorker` on a CPU."""
+
+    runner_cls = TreeCPURunner
+
+
+class ModulesCPUWorker(ModulesWorker, _CPUWorker):
+    """`ModulesWorker` on a CPU."""
+
+    runner_cls = ModulesCPURunner

@@ -1,12 +1,21 @@
-"""The worker of the V2 engine: builds our model runner where vLLM builds its own."""
+"""The workers of the V2 engine: they build our model runners where vLLM builds its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vllm_specplus.core.stats import SpecStats
+from vllm_specplus.engine.compat import Worker
+from vllm_specplus.engine.drafters.modules import ModulesRunner
 from vllm_specplus.engine.metrics import CountingWorker
 from vllm_specplus.engine.v2 import TreeRunner
+
+
+class ModulesWorker(Worker):
+    """vLLM's GPU worker around `ModulesRunner`."""
+
+    def _make_model_runner(self) -> ModulesRunner:
+        return ModulesRunner(self.vllm_config, self.device)
 
 
 class TreeWorker(CountingWorker):

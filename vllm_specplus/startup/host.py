@@ -16,14 +16,11 @@ from typing import Any, get_args
 
 from packaging.version import Version
 
+from vllm_specplus.core.mtp_models import MTPModel, find_mtp_model
 from vllm_specplus.errors import NotBuiltError, not_built
 
 SUPPORTED = ">=0.32,<0.34"
 _OLDEST, _TOO_NEW = (0, 32), (0, 34)
-
-
-MODULE_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-"""Where config.json files count a model's own MTP modules."""
 
 HOST_METHODS: dict[str, str] = {
     "CPUWorker.init_device": "",
@@ -98,6 +95,10 @@ V2_HOST_METHODS: dict[str, str] = {
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
     "BaseSpeculator.capture": "",
     "BaseSpeculator.propose": "input_batch",
+    "MultiModuleMTPSpeculator.load_draft_model": "target_model target_attn_layer_names",
+    "MultiModuleMTPSpeculator._run_model": "num_tokens attn_metadata slot_mappings "
+    "num_tokens_across_dp spec_module_idx cudagraph_runtime_mode",
+    "base_loader.initialize_model": "vllm_config prefix model_config",
 }
 """The same for the V2 engine and compat_v2.py."""
 
@@ -118,7 +119,8 @@ class Engine:
 
     method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
     paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
-    methods: `SpecPlusConfig.method` of what it drafts with.
+    methods: `SpecPlusConfig.method` of what it drafts with. modules_worker_cls: for chains of
+    several MTP modules of the target's own.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Engine:
     compat: tuple[str, ...]
     hooks: dict[str, str]
     methods: tuple[str, ...]
+    modules_worker_cls: str | None = None
 
 
 CPU_ENGINE = Engine(
@@ -147,11 +150,13 @@ V2_ENGINE = Engine(
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
     methods=("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+    modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",
 )
 V2_CPU_ENGINE = replace(
     V2_ENGINE,
     name="cpu-v2",
     worker_cls="vllm_specplus.engine.v2_cpu.TreeCPUWorker",
+    modules_worker_cls="vllm_specplus.engine.v2_cpu.ModulesCPUWorker",
     compat=("compat.py", "compat_cpu.py", "compat_v2.py"),
     hooks=V2_CPU_HOST_METHODS,
 )
@@ -186,13 +191,19 @@ def native_rules() -> tuple[str, ...]:
     return get_args(RejectionSampleMethod)
 
 
-def num_mtp_modules(model: str) -> int:
-    """MTP modules in the model's own checkpoint, as its config.json counts them."""
+def own_modules(model: str) -> tuple[MTPModel | None, int]:
+    """The row of `MTP_MODELS` for a model, and the MTP modules in its own checkpoint, as its
+    config.json counts them; (None, 0) where vLLM knows of none."""
     from transformers import PretrainedConfig
 
     fields, _ = PretrainedConfig.get_config_dict(model)
-    fields |= fields.get("text_config") or {}
-    return max(fields.get(name) or 0 for name in MODULE_COUNTS)
+    row = find_mtp_model(fields)
+    return row, 0 if row is None else row.count(fields)
+
+
+def num_mtp_modules(model: str) -> int:
+    """MTP modules in the model's own checkpoint."""
+    return own_modules(model)[1]
 
 
 def check_version(version: str | None) -> None:

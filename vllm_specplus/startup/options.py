@@ -1,7 +1,8 @@
 """Our options, in all three spellings, turned into arguments of vLLM's own EngineArgs.
 
 Keyword arguments and command-line flags are folded into the third spelling, the keys of
-`speculative_config`; one function translates that. Without any of ours nothing is touched.
+`speculative_config`; one function translates that. Without any of ours nothing is touched. Chains
+are left to vLLM, except that several MTP modules of the target's own are chained by our worker.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from vllm_specplus.startup.host import (
     tree_engine,
     wanted_engine,
 )
+from vllm_specplus.startup.mtp_modules import modules_worker, takes_own_modules
 
-Need = Literal["checks", "trees"]
+Need = Literal["checks", "drafts", "trees"]
 """Groups of patches that translated arguments need; stock arguments and most chains need none."""
 
 OPTIONS: dict[str, str] = {
@@ -135,17 +137,25 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
 
     Raises OptionError for what cannot be meant and NotBuiltError for what is not available.
     """
-    for_trees: tuple[Need, ...] = ("checks", "trees")
+    for_trees: tuple[Need, ...] = ("checks", "drafts", "trees")
     if not speaks_ours(arguments):
         translated = tree_options(arguments.get("additional_config"))
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
-    config, others = read(result["speculative_config"])
-    if _is_native(config, str(result.get("model"))):
+    model = str(result.get("model"))
+    config, others = read(_with_depth(result["speculative_config"], model))
+    if _is_native(config, model):
         result["speculative_config"] = native_config(config, config.methods[0]) | others
-        return result, () if config.verify == "auto" else ("checks",)
+        needs: tuple[Need, ...] = () if config.verify == "auto" else ("checks",)
+        worker_cls = modules_worker(config, model) if takes_own_modules(config) else None
+        if worker_cls is not None:
+            _set(result, "worker_cls", worker_cls, unset="auto")
+            needs += ("drafts",)
+        return result, needs
     engine = tree_engine()
-    _check_built(config, engine, str(result.get("model")))
+    _check_built(config, engine, model)
+    if takes_own_modules(config):
+        modules_worker(config, model)
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
     trunks = [spec for spec in config.methods if spec.name != "ngram"]
     if trunks and engine is not CPU_ENGINE:
@@ -164,6 +174,16 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     additional = dict(result.get("additional_config") or {})
     _set(additional, "specplus", config.model_dump(mode="json"), unset=None)
     return result | {"additional_config": additional}, for_trees
+
+
+def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
+    """The keys, with the model's own count of MTP modules for `[mtp]` if they have no depth."""
+    own = str(keys.get("method")).split("+")
+    given = keys.get("num_speculative_tokens") is not None or keys.get("model") is not None
+    static = isinstance(parse_tree(keys["tree"]), StaticTree)
+    if given or static or "mtp" not in own or not num_mtp_modules(model):
+        return keys
+    return keys | {"num_speculative_tokens": num_mtp_modules(model)}
 
 
 def _is_native(config: SpecPlusConfig, model: str) -> bool:

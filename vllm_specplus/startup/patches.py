@@ -20,12 +20,13 @@ from vllm_specplus.core.width import MOST_REQS, describe, every_width
 from vllm_specplus.errors import NotBuiltError, SpecPlusError
 from vllm_specplus.startup import metrics
 from vllm_specplus.startup.host import V2_ENGINE, wanted_engine
+from vllm_specplus.startup.mtp_modules import counted_modules
 from vllm_specplus.startup.options import OPTIONS, fold, speaks_ours, translate, tree_options
 from vllm_specplus.startup.refusals import chain_refusals, tree_refusals
 
 logger = logging.getLogger("vllm.specplus")
 
-Group = Literal["options", "command line", "checks", "trees"]
+Group = Literal["options", "command line", "checks", "drafts", "trees"]
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
@@ -87,7 +88,8 @@ def _create_speculative_config(
     wrapped: Callable[..., Any], engine_args: Any, args: Arguments, kwargs: Keywords
 ) -> Any:
     """vLLM's checks saw the depth of the draft; what it schedules from here on are tree nodes."""
-    speculative = wrapped(*args, **kwargs)
+    with counted_modules(engine_args):
+        speculative = wrapped(*args, **kwargs)
     options = tree_options(engine_args.additional_config)
     if speculative is not None and options is not None:
         speculative.num_speculative_tokens = options.num_nodes
@@ -192,7 +194,7 @@ PATCHES = (
     Patch("options", _ARG_UTILS, "EngineArgs.from_cli_args", _from_cli_args),
     Patch("command line", "sys", "excepthook", _excepthook),
     Patch("checks", _ARG_UTILS, "EngineArgs.create_engine_config", _create_engine_config),
-    Patch("trees", _ARG_UTILS, "EngineArgs.create_speculative_config", _create_speculative_config),
+    Patch("drafts", _ARG_UTILS, "EngineArgs.create_speculative_config", _create_speculative_config),
     Patch("trees", "vllm.v1.executor.abstract", "Executor.get_class", _get_executor),
     Patch(
         "trees",

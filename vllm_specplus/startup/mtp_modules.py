@@ -1,0 +1,91 @@
+"""`[mtp]` and `[mtp3]` without a path: has vLLM use the MTP modules that the target has.
+
+vLLM asks the draft's config for `num_nextn_predict_layers`, whatever the model calls its count, and
+with more tokens than modules it begins again with the first, over its KV. Here the config counts as
+many modules as the draft is deep, and our worker gives those that the checkpoint does not have the
+weights of the last one (`engine/drafters/modules.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from vllm_specplus.config import METHODS, SpecPlusConfig
+from vllm_specplus.core.mtp_models import NEXTN, find_mtp_model
+from vllm_specplus.startup.host import CPU_ENGINE, own_modules, tree_engine, wanted_engine
+
+logger = logging.getLogger("vllm.specplus")
+
+
+def takes_own_modules(config: SpecPlusConfig) -> bool:
+    """Whether the target's own modules are asked for."""
+    return any(METHODS[spec.name].heads and spec.model is None for spec in config.methods)
+
+
+def modules_worker(config: SpecPlusConfig, model: str) -> str | None:
+    """Says in the log which modules of `model` draft; the worker that a chain of them needs, None
+    for vLLM's own."""
+    depth = config.num_speculative_tokens
+    row, num_modules = own_modules(model)
+    assert row is not None
+    chain = row.chain(num_modules, depth)
+    several, v1 = chain[-1] > 1, wanted_engine() is CPU_ENGINE
+    if v1:
+        chain = (1,) * depth
+    fed = row.hidden_state_from or "previous"
+    logger.info(
+        "%s: %s has %d MTP module%s; the %d drafts come from %s%s",
+        config.speculative_model,
+        row.name,
+        num_modules,
+        "" if num_modules == 1 else "s",
+        depth,
+        f"modules {', '.join(map(str, chain))}, each fed the hidden state of "
+        + {"previous": "the one before", "target": "the target"}[fed]
+        if chain[-1] > 1
+        else "module 1, unrolled",
+        " (vLLM's V1 runner runs no other)" if v1 and several else "",
+    )
+    return tree_engine().modules_worker_cls if several and not v1 else None
+
+
+@contextmanager
+def counted_modules(engine_args: Any) -> Iterator[None]:
+    """While a SpeculativeConfig is made for one of our workers: its draft counts the modules."""
+    from vllm.config import SpeculativeConfig
+
+    from vllm_specplus.engine.compat import scoped
+
+    keys = engine_args.speculative_config or {}
+    ours = str(engine_args.worker_cls).startswith("vllm_specplus.")
+    if not ours or keys.get("method") != "mtp":
+        yield
+        return
+    compose = SpeculativeConfig.compose_draft_hf_overrides
+
+    def counted(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        return partial(count_modules, compose(*args, **kwargs), keys["num_speculative_tokens"])
+
+    with scoped(SpeculativeConfig, "compose_draft_hf_overrides", staticmethod(counted)):
+        yield
+
+
+def count_modules(override: Callable[[Any], Any], depth: int, hf_config: Any) -> Any:
+    """`override`, which makes a draft's config out of the target's, and the modules counted there.
+
+    Only where vLLM's class runs more than one of them in a draft of `depth` tokens.
+    """
+    fields = hf_config.to_dict() | {"model_type": hf_config.model_type}
+    row = find_mtp_model(fields)
+    num_modules = 0 if row is None else row.count(fields)
+    draft = override(hf_config)
+    if row is not None and row.chain(num_modules, depth)[-1] > 1:
+        num = max(num_modules, depth)
+        for config in (draft, draft.get_text_config()):
+            config.update({"n_predict": num, NEXTN: num, row.field: num})
+        draft.specplus_num_modules = num_modules
+    return draft
