@@ -21,7 +21,6 @@ _MODELS = "vllm.model_executor.models.registry"
 def register() -> None:
     """Entry point of vllm.general_plugins."""
     arm()
-    wrapt.register_post_import_hook(_add_models, _MODELS)
 
 
 def platform_plugin() -> None:
@@ -30,7 +29,9 @@ def platform_plugin() -> None:
 
 
 def arm() -> None:
-    """Has EngineArgs understand our options from the moment that it can be used. Idempotent."""
+    """Has EngineArgs understand our options from the moment that it can be used, and vLLM know our
+    draft models. Idempotent."""
+    wrapt.register_post_import_hook(_add_models, _MODELS)
     module = sys.modules.get(_ARG_UTILS)
     if module is not None and not _complete(module):
         module.__class__ = _HalfImported

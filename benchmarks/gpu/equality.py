@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -37,7 +38,7 @@ from tests.engine.engines import STATIC_TREE
 from tests.engine.heads import write_random
 from tests.engine.models import BUILDERS, MAX_MODEL_LEN, save
 
-HEADS = Path(tempfile.gettempdir()) / "specplus-equality-heads"
+HEADS = Path(tempfile.gettempdir()) / f"specplus-equality-heads-{os.getuid()}"
 OURS = {
     "dynamic": "[ngram]:K=5:tree=dynamic:12:max=3",
     "static": f"[ngram]:K=5:tree={STATIC_TREE}:max=3",

@@ -141,7 +141,7 @@ def behind_decoys(trunk: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Ten
 
 def moved_trunk(name: str) -> None:
     """As much is accepted as of vLLM's own chain; less when the accepted path is taken out, of
-    drafters that are right for a reason."""
+    drafters (a draft model, fitted heads) that are right for a reason."""
     wanted, native, ours = requests(name), drafting(name), drafting(name, 2 * DEPTH)
     plain = texts(native, wanted)
     of = chain.chain_batch
@@ -245,9 +245,9 @@ def graphs(name: str) -> None:
     assert managers
 
 
-def by_heart(hidden_state_from: str) -> None:
+def by_heart(hidden_state_from: str, tied: bool = False) -> None:
     """Heads that know texts by heart: nearly all that they draft is accepted."""
-    heads, learned = fitted("llama", **HEADS | dict(hidden_state_from=hidden_state_from))
+    heads, learned = fitted("llama", **HEADS | dict(hidden_state_from=hidden_state_from, tied=tied))
     chain = engine(
         "llama", (("speculative_model", f"[mtp3]{heads}"), ("num_speculative_tokens", DEPTH))
     )
@@ -293,7 +293,7 @@ SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).i
     "drafter: draft, distribution by rejection": lambda: distribution("rejection"),
     "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
     "drafter: heads, by heart": lambda: by_heart("previous"),
-    "drafter: heads that take the target's states, by heart": lambda: by_heart("target"),
+    "drafter: heads that take the target's states, by heart": lambda: by_heart("target", tied=True),
 }
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from vllm import EngineArgs
 
 from tests.engine.configs import LLAMA, write_config
@@ -21,7 +22,9 @@ from tests.startup.spellings import TREE, TREE_KEYS, by_flags, by_keywords, outc
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.errors import NotBuiltError, OptionError
 from vllm_specplus.proposers.heads.checkpoint import save_heads
+from vllm_specplus.proposers.heads.hf import HeadsModelConfig
 from vllm_specplus.startup import host, options
+from vllm_specplus.startup.refusals import chain_refusals
 
 pytestmark = pytest.mark.usefixtures("only_the_options_patched")
 TREE_OF_HEADS = {"num_speculative_tokens": 3, "speculative_tree": "dynamic:8"}
@@ -158,6 +161,37 @@ def test_heads_are_a_draft_model_of_vllm_on_v2(
     config = AutoConfig.from_pretrained(tmp_path)
     assert (config.model_type, config.architectures) == ("mtp", ["SpecPlusMTP"])
     assert (config.vocab_size, config.hidden_size) == (99, 12)
+    (tmp_path / "not-eagle3").mkdir()
+    save_heads(tmp_path / "not-eagle3", heads(vocab_size=99), modules(heads()))
+    with pytest.raises(OptionError, match="have 'eagle3' in their name"):
+        by_keywords(model, **wanted | {"speculative_model": f"[{method}]{tmp_path}/not-eagle3"})
+
+
+@pytest.mark.parametrize(
+    ("of_heads", "v2", "stages", "said"),
+    [
+        (True, True, 1, []),
+        (True, False, 1, ["set VLLM_USE_V2_MODEL_RUNNER=1"]),
+        (True, True, 2, ["pipeline_parallel_size=2 cannot be combined with MTP modules"]),
+        (False, False, 2, []),
+    ],
+)
+def test_chains_of_heads_need_all_of_the_model_on_the_v2_runner(
+    of_heads: bool, v2: bool, stages: int, said: list[str]
+) -> None:
+    draft = HeadsModelConfig() if of_heads else PretrainedConfig()
+    speculative = SimpleNamespace(
+        rejection_sample_method="standard", draft_model_config=SimpleNamespace(hf_config=draft)
+    )
+    found = chain_refusals(
+        SimpleNamespace(
+            speculative_config=speculative,
+            use_v2_model_runner=v2,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        )
+    )
+    assert len(found) == len(said)
+    assert all(words in sentence for words, sentence in zip(said, found, strict=True))
 
 
 def test_keys_of_vllm_are_handed_on_for_a_chain(model: str) -> None:

@@ -24,7 +24,7 @@ from vllm_specplus.config import (
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
 from vllm_specplus.errors import OptionError, bad_option, not_built
-from vllm_specplus.proposers.heads.hf import register_heads
+from vllm_specplus.proposers.heads.hf import check_loads
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     Engine,
@@ -146,8 +146,10 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     config, others = read(_with_depth(result["speculative_config"], model))
     if _is_native(config, model):
         result["speculative_config"] = native_config(config, config.methods[0]) | others
-        needs: tuple[Need, ...] = () if config.verify == "auto" else ("checks",)
+        heads = isinstance(config.methods[0].model, str) and METHODS[config.method].heads
         worker_cls = modules_worker(config, model) if takes_own_modules(config) else None
+        checked = config.verify != "auto" or heads or worker_cls is not None
+        needs: tuple[Need, ...] = ("checks",) if checked else ()
         if worker_cls is not None:
             _set(result, "worker_cls", worker_cls, unset="auto")
             needs += ("drafts",)
@@ -282,7 +284,7 @@ def native_config(config: SpecPlusConfig, spec: MethodSpec) -> dict[str, Any]:
     if spec.model is not None:
         native["model"] = spec.model
         if own.heads:
-            register_heads(spec.model)
+            check_loads(spec.model)
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
         if spec.name == "ngram" and f"ngram_{key}" in config.model_fields_set:
             native[key] = getattr(config, f"ngram_{key}")

@@ -13,6 +13,8 @@ from typing import Any
 
 from specplus_kernels.ngram_match import MAX_N
 
+from vllm_specplus.proposers.heads.hf import HeadsModelConfig
+
 SAVES_AFTER_THE_STEP = frozenset(
     {
         "DecodeBenchConnector",
@@ -54,6 +56,19 @@ def chain_refusals(vllm_config: Any) -> list[str]:
         return [
             "speculative_verify='block' needs vLLM's V2 model runner, and this engine uses V1; "
             "use 'auto' or 'rejection'."
+        ]
+    draft = getattr(vllm_config.speculative_config.draft_model_config, "hf_config", None)
+    if not (getattr(draft, "specplus_num_modules", 0) or isinstance(draft, HeadsModelConfig)):
+        return []
+    if not vllm_config.use_v2_model_runner:
+        return [
+            "MTP modules of several depths need vLLM's V2 model runner, and this engine uses V1, "
+            "which runs the first one only; set VLLM_USE_V2_MODEL_RUNNER=1."
+        ]
+    if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+        return [
+            f"pipeline_parallel_size={stages} cannot be combined with MTP modules of several "
+            "depths, which need the embedding and the head on one stage; set it to 1."
         ]
     return []
 

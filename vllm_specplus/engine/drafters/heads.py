@@ -3,7 +3,9 @@ with on the V2 runner."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,17 @@ from vllm_specplus.engine.compat import (
     LogitsProcessor,
     VllmConfig,
     VocabParallelEmbedding,
+    init_logger,
 )
-from vllm_specplus.proposers.heads.checkpoint import check_fits, load_heads
+from vllm_specplus.proposers.heads.checkpoint import (
+    HeadsCheckpoint,
+    check_fits,
+    embedding_sha256,
+    load_heads,
+)
 from vllm_specplus.proposers.heads.mtp import MTPHeads
+
+logger = init_logger(__name__)
 
 
 class SpecPlusMTP(nn.Module):
@@ -31,7 +41,7 @@ class SpecPlusMTP(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         options, target = vllm_config.speculative_config, vllm_config.model_config
-        checkpoint = load_heads(options.draft_model_config.model)
+        self.checkpoint = checkpoint = load_heads(options.draft_model_config.model)
         self.config = checkpoint.config
         check_fits(checkpoint, target.get_hidden_size(), target.get_vocab_size())
         self.vocab_size = target.get_vocab_size()
@@ -40,13 +50,15 @@ class SpecPlusMTP(nn.Module):
         depths = range(options.num_speculative_tokens)
         self._modules_at = nn.ModuleList(heads.at(depth) for depth in depths)
         first = target.get_total_num_hidden_layers()
+        cache_config = copy(vllm_config.cache_config)
+        cache_config.sliding_window = None  # which may be the target's
         self._attention = nn.ModuleList(
             Attention(
                 self.config.num_attention_heads,
                 self.config.head_dim,
                 self.config.head_dim**-0.5,
                 self.config.num_key_value_heads,
-                cache_config=vllm_config.cache_config,
+                cache_config=cache_config,
                 prefix=f"specplus.mtp.{first + depth}.attn",
             )
             for depth in depths
@@ -55,7 +67,7 @@ class SpecPlusMTP(nn.Module):
         if self.draft_vocab is not None:
             self.draft_vocab = self.draft_vocab.to(next(heads.parameters()).device)
         self.logits_processor = LogitsProcessor(self.vocab_size)
-        self._draft_head: torch.Tensor | None = None
+        self._head: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._target_states = torch.empty(0)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -93,10 +105,35 @@ class SpecPlusMTP(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """[num_rows, vocab_size]; -inf outside the draft vocabulary."""
+        if self._head is None:
+            first_rows = torch.arange(self.vocab_size, device=hidden_states.device)[:256]
+            warn_of_another_target(self.checkpoint, self.model.embed_tokens(first_rows))
+            self._head = self._draft_head()
+        drafted = self._head(hidden_states)
         if self.draft_vocab is None:
-            return self.logits_processor(self.lm_head, hidden_states)
-        if self._draft_head is None:
-            self._draft_head = VocabParallelEmbedding.forward(self.lm_head, self.draft_vocab)
-        drafted = nn.functional.linear(hidden_states, self._draft_head)
+            return drafted
         logits = drafted.new_full((len(drafted), self.vocab_size), -torch.inf)
         return logits.index_copy_(1, self.draft_vocab, drafted)
+
+    def _draft_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Logits of the draft vocabulary, or of all tokens if there is none."""
+        whole, vocab = partial(self.logits_processor, self.lm_head), self.draft_vocab
+        if vocab is None:
+            return whole
+        try:
+            weight = VocabParallelEmbedding.forward(self.lm_head, vocab)
+        except NotImplementedError:  # a quantized head, whose rows cannot be looked up
+            return lambda hidden_states: whole(hidden_states)[:, vocab]
+        return partial(nn.functional.linear, weight=weight)
+
+
+def warn_of_another_target(checkpoint: HeadsCheckpoint, embedding: torch.Tensor) -> None:
+    """embedding: [256 or more, hidden_size], the first rows of the target's."""
+    config = checkpoint.config
+    if config.embedding_sha256 not in (None, embedding_sha256(embedding)):
+        logger.warning_once(
+            "The heads %s were trained for %s, and this model's embedding is another: drafts may "
+            "be worse, the text stays the model's.",
+            checkpoint.path,
+            config.target,
+        )

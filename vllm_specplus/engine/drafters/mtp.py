@@ -22,14 +22,12 @@ from vllm_specplus.engine.compat import (
     Attention,
     VllmConfig,
     VocabParallelEmbedding,
-    init_logger,
 )
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
-from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits, embedding_sha256
+from vllm_specplus.engine.drafters.heads import warn_of_another_target
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.levels import RequestRows
-
-logger = init_logger(__name__)
 
 
 class PagedHeads:
@@ -60,13 +58,7 @@ class PagedHeads:
             for depth in range(num_levels)
         ]
         self._share(target, model.get_vocab_size())
-        if config.embedding_sha256 not in (None, embedding_sha256(self._embedding)):
-            logger.warning_once(
-                "The heads %s were trained for %s, and this model's embedding is another: drafts "
-                "may be worse, the text stays the model's.",
-                checkpoint.path,
-                config.target,
-            )
+        warn_of_another_target(checkpoint, self._embedding)
 
     def _share(self, target: Any, vocab_size: int) -> None:
         """Takes the target's embedding and the rows of its head that drafts are chosen from."""

@@ -36,11 +36,11 @@ class HeadsModelConfig(PretrainedConfig):
         self.num_nextn_predict_layers = MOST_DEPTHS
 
 
-def register_heads(path: str) -> None:
-    """Has transformers read the config of heads.
+AutoConfig.register(HeadsModelConfig.model_type, HeadsModelConfig, exist_ok=True)
 
-    Raises OptionError for heads that cannot be loaded or lack what a model's config must say.
-    """
+
+def check_loads(path: str) -> None:
+    """Raises OptionError for heads that cannot be loaded or that vLLM would not know for heads."""
     if load_heads(path).config.vocab_size is None:
         raise bad_option(
             "heads",
@@ -48,4 +48,7 @@ def register_heads(path: str) -> None:
             "do not say in our format what vocab_size they are for, and the V2 runner asks",
             "add it to their config.json, or train heads with `vllm-specplus train mtp3`",
         )
-    AutoConfig.register(HeadsModelConfig.model_type, HeadsModelConfig, exist_ok=True)
+    for word in ("eagle-", "eagle3", "dflash", "dspark"):
+        if word in path.lower():
+            reason = f"have {word!r} in their name, by which vLLM takes them for something else"
+            raise bad_option("heads", path, reason, "rename the folder")
