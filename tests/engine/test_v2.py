@@ -47,7 +47,7 @@ _workers: list[Thread] = []
 
 
 def begin() -> None:
-    """Has one more core work through the groups; `tests/conftest.py` calls this at the start."""
+    """Has one more core work through the groups; `tests/conftest.py` calls this in whole suites."""
     _workers.append(Thread(target=_work, daemon=True))
     _workers[-1].start()
 

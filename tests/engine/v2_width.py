@@ -63,15 +63,17 @@ def watch(worker: Any) -> None:
     runner.execute_model = recorded
 
 
-def follows(llm: LLM) -> None:
-    """Asserts that every step asked for the width of its batch size, and that all were drafted."""
+def follows(llm: LLM, every: bool = True) -> None:
+    """Asserts that every step asked for the width of its batch size, and that all widths were
+    drafted; where steps overlap, chance decides whether a batch of each size came up."""
     steps = llm.collective_rpc(lambda worker: worker.worker.steps)[0]
     for num_reqs, _, asked in steps:
         (wanted,) = [nodes for first, last, nodes in SCHEDULE if first <= num_reqs <= last]
         assert asked == wanted, (num_reqs, asked)
     before = {asked for _, _, asked in steps[:-1]}
     drafted = {max(drafts, default=0) for _, drafts, _ in steps[1:]}
-    assert before >= set(WIDTHS) and drafted == set(WIDTHS), drafted
+    assert drafted <= set(WIDTHS) and len(drafted) > 2, drafted
+    assert not every or before >= set(WIDTHS) == drafted, drafted
 
 
 def requests(one_by_one: bool) -> list[Request]:
@@ -87,14 +89,14 @@ def requests(one_by_one: bool) -> list[Request]:
     ]
 
 
-def in_one_process(trees: Engine) -> None:
+def in_one_process(trees: Engine, every: bool = True) -> None:
     wanted = requests(one_by_one=True)
     plain = v2.plain_run("llama", wanted)
     trees.llm.collective_rpc(watch)
     moved = v2.MOVED.moved
     assert_equal(trees.run(wanted), plain)
     assert v2.MOVED.moved > moved, "no accepted node had to move"
-    follows(trees.llm)
+    follows(trees.llm, every)
 
 
 def given() -> None:
@@ -105,7 +107,7 @@ def ahead() -> None:
     with v2.asynchronous():
         trees = v2.engine("llama", "oracle", tuple((GIVEN | dict(seed=1)).items()))
     assert trees.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-    in_one_process(trees)
+    in_one_process(trees, every=False)
 
 
 def around(name: str) -> None:
