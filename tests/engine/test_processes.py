@@ -65,10 +65,8 @@ def _session(pid: int) -> int | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "layout"),
-    [("llama", "default_executor"), ("sliding", "two_tensor_parallel_workers")],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["llama", "sliding"])
 def test_all_features_in_one_batch(model, layout):
     asked = mixed()
     plain = reference(model, asked)
@@ -94,12 +92,12 @@ def test_all_features_in_one_batch(model, layout):
 
 
 @pytest.mark.slow
-def test_mtp_heads_with_two_workers():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mtp_heads(layout):
     asked = mixed()
     plain = reference("llama", asked)
     heads = dict(speculative_model=f"[mtp3+ngram]{random_path()}", num_speculative_tokens=3)
-    two = LAYOUTS["two_tensor_parallel_workers"]
-    options = two | heads | dict(disable_log_stats=False)
+    options = LAYOUTS[layout] | heads | dict(disable_log_stats=False)
     job = dict(path=str(model_path("llama")), method="dynamic", options=options, truth=[])
     result = run_apart(job)
     assert result["facts"] == json.loads(json.dumps([facts(output) for output in plain]))

@@ -25,6 +25,9 @@ from tests.engine.metrics import LOGGED
 from tests.engine.test_processes import ROOT, environment, left_of_session
 
 START_TIMEOUT = 120.0
+NUM_ABORTED = 4
+MOST_PER_STEP = {"num_drafts": 1, "num_draft_tokens": 12, "num_accepted_tokens": 5}
+"""What a step may add for one request; vLLM does not count the step that an abort runs into."""
 FLAGS = (
     "--speculative-model [ngram] --num-speculative-tokens 5 --speculative-tree dynamic:12 "
     "--dtype float32 --enforce-eager --max-model-len 512 --block-size 32 "
@@ -100,10 +103,10 @@ async def ask_all(url: str, prompts: Sequence[Sequence[int]]) -> list[str]:
 
 def assert_counters(url: str) -> str:
     """Ours on `/metrics` are vLLM's, where it has them; what the log must say of them."""
-    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+    for name in MOST_PER_STEP:
         ours, theirs = f"vllm_specplus:{name}_total", f"vllm:spec_decode_{name}_total"
-        missed = metric(url, ours) - metric(url, theirs)  # steps of requests that were aborted
-        assert 0 <= missed < metric(url, ours) / 10
+        missed = metric(url, ours) - metric(url, theirs)  # the last step of each aborted request
+        assert 0 <= missed <= NUM_ABORTED * MOST_PER_STEP[name] < metric(url, ours)
     per_pos = "vllm_specplus:num_accepted_tokens_per_pos_total"
     assert metric(url, per_pos) == metric(url, "vllm_specplus:num_accepted_tokens_total")
     assert metric(url, per_pos, 'position="0"') >= metric(url, per_pos, 'position="1"') > 0

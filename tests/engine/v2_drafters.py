@@ -140,18 +140,25 @@ def behind_decoys(trunk: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def moved_trunk(name: str) -> None:
-    """As much is accepted as of vLLM's own chain; less when the accepted path is taken out, of
-    drafters (a draft model, fitted heads) that are right for a reason."""
+    """As much is accepted as of vLLM's own chain. Other chains are drafted when the accepted path
+    is taken out, and worse ones by drafters that are right for a reason: a draft model, heads."""
     wanted, native, ours = requests(name), drafting(name), drafting(name, 2 * DEPTH)
     plain = texts(native, wanted)
-    of = chain.chain_batch
-    with mock.patch.object(v2_speculator, "graft", behind_decoys):
+    of, drafted = chain.chain_batch, []
+
+    def recorded(trunk: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        drafted.append(trunk.tolist())
+        return behind_decoys(trunk, *rest)
+
+    with mock.patch.object(v2_speculator, "graft", recorded):
         assert texts(ours, wanted) == plain
-        accepted = ours.extra_tokens
+        accepted, with_path = ours.extra_tokens, drafted.copy()
+        drafted.clear()
         assert accepted >= native.extra_tokens
         without = lambda batch, path, depth: of(batch, path[:, :1], depth)  # noqa: E731
         with mock.patch.object(chain, "chain_batch", without):
             assert texts(ours, wanted) == plain
+    assert drafted != with_path
     assert ours.extra_tokens < 0.9 * accepted or name not in ("draft", "heads")
 
 
