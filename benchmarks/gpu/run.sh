@@ -3,21 +3,20 @@
 #
 #   benchmarks/gpu/run.sh [--only PART ...] [--tiny]
 #
-# Parts, in this order: wheels (installs those carried), kernel-tests, kernel-benchmarks, equality,
+# Parts, in this order: site (unpacks the packages carried), kernel-tests, kernel-benchmarks, equality,
 # speeds. A part that fails or cannot run is recorded and the next one runs; the exit status is 1 if
 # there was one. --tiny: one cell of the equality matrix and a few prompts, to see that it runs.
 # Environment: OUT (results), PYTHON, WHEELS and SITE (folders), MODEL (of the speeds), EQUALITY and
 # SPEEDS (further arguments of these two parts).
 # shellcheck disable=SC2329 # the parts are called by their names
 set -uo pipefail
-shopt -s nullglob globstar
 cd "$(dirname "$0")/../.." || exit 2
 
-PARTS=(wheels kernel-tests kernel-benchmarks equality speeds)
+PARTS=(site kernel-tests kernel-benchmarks equality speeds)
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-benchmarks/gpu/wheels}
 OUT=${OUT:-benchmarks/results/gpu}
-SITE=${SITE:-$PWD/build/gpu-site} # what the wheels are installed into
+SITE=${SITE:-$PWD/build/gpu-site} # what the packages are unpacked into
 OURS='[ngram]:K=5:tree=dynamic:16'
 export PYTHONPATH=$SITE:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
@@ -52,29 +51,20 @@ has_vllm() {
     local said
     said=$("$PYTHON" -c 'import vllm, vllm.config, vllm.platforms
 vllm.platforms.current_platform.device_type' 2>&1) && return 0
-    echo "missing: $PYTHON cannot import vllm (${said##*$'\n'}); carry wheels, see README.md"
+    echo "missing: $PYTHON cannot import vllm (${said##*$'\n'}); carry it, see README.md"
     return 1
 }
 
-wheels() {
-    local piece joined status found=()
-    joined=$(mktemp -d) || return 1
-    for piece in "$WHEELS"/**/*.whl.part?; do # the glob's order is that of the pieces
-        cat "$piece" >>"$joined/$(basename "${piece%.part?}")" || return 1
-    done
-    for piece in "$WHEELS"/**/*.whl "$joined"/*.whl; do
-        [[ $piece == */gemma3_270m* ]] || found+=("$piece") # a model, not a package to install
-    done
-    if [ ${#found[@]} -eq 0 ]; then
-        echo "no wheels in $WHEELS: only what $PYTHON has can run"
-        has_vllm
-        return
+site() {
+    if [ -f "$WHEELS/site.tar.xz" ]; then
+        mkdir -p "$SITE" && tar -xJf "$WHEELS/site.tar.xz" -C "$SITE" || return 1
+    else
+        echo "no $WHEELS/site.tar.xz: only what $PYTHON has can run"
     fi
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
-        --target "$SITE" "${found[@]}"
-    status=$?
-    rm -rf "$joined"
-    return "$status"
+    has_vllm || return 1
+    # vLLM finds plugins by their metadata, which a copy of the work tree lacks.
+    "$PYTHON" -c 'from importlib.metadata import version; version("vllm_specplus")' 2>/dev/null ||
+        "$PYTHON" setup.py --quiet egg_info
 }
 
 kernel-tests() { make test-gpu GPU_PYTHON="$PYTHON"; }

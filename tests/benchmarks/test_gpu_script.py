@@ -1,16 +1,17 @@
 """benchmarks/gpu/run.sh on a machine without a GPU: what cannot run is named, what can does run.
 
-Sabotages that were caught: a failed part that is not counted, pieces joined in another order, vLLM
-not looked for, a sampled text that may differ, drafts that are never accepted.
+Sabotages that were caught: a failed part that is not counted, vLLM not looked for, the oldest PTX
+kept, a sampled text that may differ, drafts that are never accepted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
-import zipfile
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import equality, strip_wheel
+from benchmarks.gpu import equality, pack
 from benchmarks.provenance import ROOT
 
 RUN = ROOT / "benchmarks/gpu/run.sh"
@@ -54,15 +55,15 @@ def bare_python(tmp_path: Path) -> Path:
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     status, output, _ = run(tmp_path, "--only", "kernels")
     assert status == 2
-    assert "no part 'kernels'; the parts are wheels kernel-tests" in output
+    assert "no part 'kernels'; the parts are site kernel-tests" in output
 
 
 def test_what_is_missing_is_named_and_the_next_part_runs(tmp_path: Path, bare_python: Path) -> None:
-    status, output, summary = run(tmp_path, "--only", "wheels", "equality", PYTHON=bare_python)
+    status, output, summary = run(tmp_path, "--only", "site", "equality", PYTHON=bare_python)
     assert status == 1
-    assert f"no wheels in {tmp_path}/wheels" in output
+    assert f"no {tmp_path}/wheels/site.tar.xz" in output
     assert output.count("cannot import vllm (ModuleNotFoundError") == 2
-    assert "wheels: FAILED" in summary and "equality: FAILED" in summary
+    assert "site: FAILED" in summary and "equality: FAILED" in summary
 
 
 @pytest.mark.slow
@@ -83,23 +84,39 @@ def test_kernel_parts_run_and_a_failure_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_carried_wheels_are_joined_and_installed(tmp_path: Path) -> None:
-    """A package in pieces, as `strip_wheel` cuts one; a model's wheel beside it is no package."""
-    name = "carried-1.0-py3-none-any.whl"
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    with zipfile.ZipFile(folder / name, "w") as wheel:
-        wheel.writestr("carried.py", "ANSWER = 42\n" + "# filler\n" * 50)
-        about = "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n"
-        wheel.writestr("carried-1.0.dist-info/METADATA", about)
-        wheel.writestr("carried-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
-        wheel.writestr("carried-1.0.dist-info/RECORD", "carried.py,,\n")
-    assert len(strip_wheel.cut(folder / name, 300)) > 2
-    (folder / "gemma3_270m_q4-1.0-py3-none-any.whl").write_bytes(b"no package")
+def test_carried_packages_are_unpacked(tmp_path: Path) -> None:
+    """As `pack` writes them."""
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "carried.py").write_text("ANSWER = 42\n")
+    with tarfile.open(tmp_path / "wheels/site.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "carried.py", "./carried.py")
     site = tmp_path / "site"
-    status, output, _ = run(tmp_path, "--only", "wheels", SITE=site)
+    status, output, _ = run(tmp_path, "--only", "site", SITE=site)
     assert status == 0, output
     assert "ANSWER = 42" in (site / "carried.py").read_text()
+
+
+CUBIN, PTX = 2, 1
+
+
+def fat_binary(*elements: tuple[int, int, bytes]) -> bytes:
+    """A CUDA fat binary's container of (kind, architecture, code)."""
+    packed = b"".join(
+        struct.pack("<HHIQ12xI32x", kind, 0x101, 64, len(code), made_for) + code
+        for kind, made_for, code in elements
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(packed)) + packed
+
+
+def test_code_for_one_gpu_stays() -> None:
+    """Its machine code, else its newest PTX, where the container was; nothing after it moves."""
+    others = (CUBIN, 80, b"sm_80 code"), (CUBIN, 100, b"sm_100 code"), (PTX, 75, b"// ptx")
+    own, newest, too_new = (CUBIN, 90, b"own"), (PTX, 80, b"// newest"), (PTX, 100, b"// new")
+    before = fat_binary(*others, own, newest), fat_binary(newest, *others, too_new)
+    after = fat_binary(own), fat_binary(newest)
+    after = tuple(new.ljust(len(old), b"\0") for old, new in zip(before, after, strict=True))
+    around = b"\x7fELF%sbetween%send"
+    assert pack.for_one_gpu(around % before, 90) == around % after
 
 
 def test_the_stripped_wheel_keeps_what_is_imported() -> None:
@@ -111,7 +128,7 @@ def test_the_stripped_wheel_keeps_what_is_imported() -> None:
         "vllm-0.33.0.dist-info/RECORD",
     ]
     left = ["vllm/vllm-rs", "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", "vllm/third_party/a.hpp"]
-    assert [member for member in kept + left if strip_wheel.is_kept(member)] == kept
+    assert [member for member in kept + left if pack.is_kept(member)] == kept
 
 
 @pytest.mark.slow
