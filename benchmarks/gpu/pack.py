@@ -1,4 +1,4 @@
-"""vLLM for a lent Hopper GPU in one file of 57 MB: `python -m benchmarks.gpu.pack 0.33.0`.
+"""vLLM for a lent Hopper GPU in one file of 44 MB: `python -m benchmarks.gpu.pack 0.33.0`.
 
 Of the compiled files of vLLM's CUDA wheel it keeps the library that is always imported and
 FlashAttention 3, without which model code cannot be imported, and in them the code for one GPU

@@ -1,8 +1,9 @@
 """Tiny targets with a vocabulary so small that untrained drafters are right now and then.
 
 Written for vLLM's own drafters: a draft model, EAGLE and EAGLE-3 heads, and targets with MTP
-modules of their own: GLM-4.5 with one, two and three, Qwen3-Next with three, MiMo with one. Their
-weights are random, so only what they accept is compared. Of our own heads there are fitted ones.
+modules of their own: GLM-4.5 with one, two and three, Qwen3-Next and MiMo-V2 with three, MiMo
+with one. Their weights are random, so only what they accept is compared. Of our own heads there
+are fitted ones.
 """
 
 from __future__ import annotations
@@ -217,6 +218,41 @@ def mimo(path: Path) -> Path:
     return _write(path, weights, fields)
 
 
+def mimo_v2(path: Path, num_modules: int) -> Path:
+    """A dense MiMo-V2 whose modules, over sliding windows, read the target's own hidden state."""
+    config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **COMMON)
+    model = randomize(LlamaForCausalLM(config), seed=12)
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    last = f"model.layers.{NUM_LAYERS - 1}."
+    for module in range(num_modules):
+        name = f"model.mtp.layers.{module}."
+        for key in [key for key in weights if key.startswith(last)]:
+            renamed = key.replace("post_attention_layernorm", "pre_mlp_layernorm")
+            weights[renamed.replace(last, name)] = _quiet(key, weights[key]).clone()
+        gain = 1.0 + module  # vLLM keeps its matrices packed on CPUs, so tests compare gains
+        for norm in ("enorm", "hnorm"):
+            weights[f"{name}{norm}.weight"] = torch.full((HIDDEN,), gain)
+        weights[f"{name}final_layernorm.weight"] = torch.ones(HIDDEN)
+        eh_proj = _next_hidden(model, normed=True, ahead=1 + module)
+        weights[f"{name}eh_proj.weight"] = eh_proj / gain
+    fields = config.to_dict()
+    heads = {key: fields[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+    fields |= {f"swa_{key}": value for key, value in heads.items()} | {
+        "architectures": ["MiMoV2FlashForCausalLM"],
+        "model_type": "mimo_v2_flash",
+        "num_nextn_predict_layers": num_modules,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "hybrid_layer_pattern": [0] * NUM_LAYERS,
+        "moe_layer_freq": [0] * NUM_LAYERS,
+        "n_routed_experts": 2,
+        "sliding_window_size": 16,
+        "v_head_dim": config.head_dim,
+        "swa_v_head_dim": config.head_dim,
+    }
+    return _write(path, weights, fields)
+
+
 BUILDERS = {
     "target": target,
     "draft": draft,
@@ -228,6 +264,7 @@ BUILDERS = {
     "llama": lambda _: Path(model_path("llama")),
     "heads": lambda _: Path(fitted("llama", **HEADS)[0]),
     "mimo": mimo,
+    "mimo_v2": lambda path: mimo_v2(path, 3),
     "qwen3": lambda path: qwen(path, 3),
     "glm3 from target": lambda path: glm(path, 3, "target"),
 }

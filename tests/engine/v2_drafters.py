@@ -174,7 +174,8 @@ def native_modules(name: str) -> None:
 def modules(run_by: Engine) -> list[torch.nn.Module]:
     """The MTP layers of an engine's drafter."""
     core = run_by.llm.llm_engine.engine_core.engine_core
-    layers = core.model_executor.driver_worker.worker.model_runner.speculator.model.model.layers
+    model = core.model_executor.driver_worker.worker.model_runner.speculator.model.model
+    layers = getattr(model, "mtp", model).layers
     return list(layers.values() if isinstance(layers, torch.nn.ModuleDict) else layers)
 
 
@@ -295,6 +296,7 @@ SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).i
     "experts: mtp3, 3 modules": lambda: all_modules("glm3", 3),
     "experts: mtp3, 2 modules": lambda: all_modules("glm2", 2),
     "experts: mtp3, qwen, 3 modules": lambda: all_modules("qwen3", 3),
+    "experts: mtp3, mimo v2, 3 modules": lambda: all_modules("mimo_v2", 3),
     "experts: mtp3, trained on the one before": lambda: conventions("glm3", "previous"),
     "experts: mtp3, trained on the target": lambda: conventions("glm3 from target", "target"),
     "drafter: draft, distribution by rejection": lambda: distribution("rejection"),

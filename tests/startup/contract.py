@@ -31,7 +31,9 @@ V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 V2_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 V2_VERIFIER = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+MIMO_V2 = "vllm.model_executor.models.mimo_v2_mtp"
 ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
+    (MIMO_V2, "MiMoV2MultiTokenPredictor.__init__"): ("_MiMoV2MTPLayers",),
     (V2_RUNNER, "GPUModelRunner.__init__"): ("RequestState", "init_speculator"),
     (V2_RUNNER, "GPUModelRunner.load_model"): (
         "init_model_state",

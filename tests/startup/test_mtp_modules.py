@@ -32,6 +32,7 @@ ROWS = [(name, target) for name, row in MTP_MODELS.items() for target in row.tar
 TESTS = {
     "glm4_moe_mtp": "`experts: mtp` and `experts: mtp3`, 1, 2 and 3 modules, chain and tree",
     "qwen3_next_mtp": "`experts: mtp3, qwen, 3 modules`",
+    "mimo_v2_mtp": "`experts: mtp3, mimo v2, 3 modules`",
     "mimo_mtp": "`drafter: mtp3, mimo, trunk`",
 }
 """What runs in `tests/engine/v2_drafters.py`; of the others only the config is tested."""

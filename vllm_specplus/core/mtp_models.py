@@ -73,7 +73,6 @@ MTP_MODELS: dict[str, MTPModel] = {
         default=1,
         hidden_state_from="target",
         source="SGLang, the same file: runs MiMo-V2, does not chain it",
-        runs=1,
     ),
     "glm4_moe_mtp": MTPModel("GLM-4.5", ("Glm4MoeForCausalLM",)),
     "glm4_moe_lite_mtp": MTPModel("GLM-4.7-Flash", ("Glm4MoeLiteForCausalLM",)),

@@ -23,6 +23,7 @@ from vllm_specplus.engine.compat_v2 import (
     base_loader,
     disable_mtp_completeness_check,
     init_speculator,
+    mimo_v2_mtp,
     model_runner,
 )
 
@@ -38,11 +39,20 @@ class ModulesSpeculator(MultiModuleMTPSpeculator):
         self._from_target = row.hidden_state_from == "target"
         self._step = 0
         num_modules, num_layers = config.specplus_num_modules, config.n_predict
-        initialize_model = base_loader.initialize_model
+        initialize_model, layers = base_loader.initialize_model, mimo_v2_mtp._MiMoV2MTPLayers
+
+        def mimo_v2_layers(**kwargs: Any) -> nn.Module:
+            """The class builds one layer, whatever its config counts (vLLM issue 52688)."""
+            return layers(**kwargs | {"num_mtp_layers": num_layers})
 
         def initialize(vllm_config: VllmConfig, **kwargs: Any) -> nn.Module:
-            with counting(vllm_config.model_config, {NEXTN, row.field}, num_layers):
+            with (
+                counting(vllm_config.model_config, {NEXTN, row.field}, num_layers),
+                scoped(mimo_v2_mtp, "_MiMoV2MTPLayers", mimo_v2_layers),
+            ):
                 model = initialize_model(vllm_config=vllm_config, **kwargs)
+            if isinstance(model.model, mimo_v2_mtp.MiMoV2MultiTokenPredictor):
+                model.model.num_mtp_layers = num_layers
             repeat_last_module(model, num_modules, num_layers)
             return model
 
