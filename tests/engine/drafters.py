@@ -262,6 +262,7 @@ BUILDERS = {
     "glm2": lambda path: glm(path, 2),
     "glm3": lambda path: glm(path, 3),
     "llama": lambda _: Path(model_path("llama")),
+    "sliding": lambda _: Path(model_path("sliding")),
     "heads": lambda _: Path(fitted("llama", **HEADS)[0]),
     "mimo": mimo,
     "mimo_v2": lambda path: mimo_v2(path, 3),

@@ -253,16 +253,17 @@ def graphs(name: str) -> None:
     assert managers
 
 
-def by_heart(hidden_state_from: str, tied: bool = False) -> None:
+def by_heart(
+    hidden_state_from: str, tied: bool = False, model: str = "llama", depth: int = DEPTH
+) -> None:
     """Heads that know texts by heart: nearly all that they draft is accepted."""
-    heads, learned = fitted("llama", **HEADS | dict(hidden_state_from=hidden_state_from, tied=tied))
-    chain = engine(
-        "llama", (("speculative_model", f"[mtp3]{heads}"), ("num_speculative_tokens", DEPTH))
-    )
+    heads, learned = fitted(model, **HEADS | dict(hidden_state_from=hidden_state_from, tied=tied))
+    options = dict(speculative_model=f"[mtp3]{heads}", num_speculative_tokens=depth)
+    chain = engine(model, tuple(options.items()))
     known, rest = [text[:KNOWN] for text in learned], [text[KNOWN:] for text in learned]
     settings = SamplingParams(temperature=0, max_tokens=len(rest[0]), ignore_eos=True)
     assert texts(chain, [Request(prompt, settings) for prompt in known]) == rest
-    num_drafts = -(-(len(rest[0]) - 1) // (1 + DEPTH))
+    num_drafts = -(-(len(rest[0]) - 1) // (1 + depth))
     assert chain.extra_tokens > 0.9 * len(rest) * (len(rest[0]) - 1 - num_drafts)
 
 
@@ -284,8 +285,10 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
         "graphs": lambda: graphs(name),
         "async": lambda: asynchronous(name),
     }
-    runs = of_all | (of_eagle if name == "eagle" else {})
+    runs = of_all | (of_eagle if name in ("eagle", "heads") else {})
     runs |= of_some if name in ("eagle", "mtp, 3 modules") else {}
+    if name == "heads":
+        runs["preemption"] = of_some["preemption"]
     if name == "mtp3, mimo":
         runs = {"trunk": of_all["trunk"]}
     return {f"{group}: {name}, {title}": run for title, run in runs.items()}
@@ -303,6 +306,9 @@ SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).i
     "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
     "drafter: heads, by heart": lambda: by_heart("previous"),
     "drafter: heads that take the target's states, by heart": lambda: by_heart("target", tied=True),
+    "drafter: heads, 1 token, by heart": lambda: by_heart("previous", depth=1),
+    "drafter: heads, 5 tokens of 3 modules, by heart": lambda: by_heart("previous", depth=5),
+    "drafter: heads of a sliding window, by heart": lambda: by_heart("previous", model="sliding"),
 }
 
 if __name__ == "__main__":
