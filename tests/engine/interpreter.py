@@ -14,11 +14,13 @@ from unittest import mock
 
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
-import tests.conftest  # noqa: F401  (the environment of all tests)
+import tests.conftest
 
 # isort: split
 import triton.backends
 import wrapt
+
+import tests.interpreted  # noqa: F401
 
 STAND_IN = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 """The `cpu` backend that vLLM for CPUs looks for, once; Inductor would take it for a driver."""
@@ -31,7 +33,7 @@ def cast_mask(wrapped: Callable, _: Any, args: tuple, kwargs: dict) -> Any:
     """What compares a reduced value is an integer in the interpreter, which it then refuses as a
     mask."""
     at = 1 if wrapped.__name__ == "create_masked_load" else 2
-    args[at].data = args[at].data.astype(bool)
+    args[at].data = args[at].data.astype(bool, copy=False)
     return wrapped(*args, **kwargs)
 
 

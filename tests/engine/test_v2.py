@@ -24,25 +24,23 @@ from tests.engine.apart import RESULT
 pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton in this installation")
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = {
-    "schedule": "v2",
-    "experts": "v2_drafters",
-    "drafter": "v2_drafters",
-    "settings": "v2_settings",
-    "processes": "v2_processes",
-    "width": "v2_width",
-    "feature": "v2",
-    "gpu": "v2_gpu",
-    "triton": "v2",
-    "control": "v2",
+PROCESSES = {
+    ("drafter",): "v2_drafters",
+    ("schedule", "feature", "triton", "control"): "v2",
+    ("processes",): "v2_processes",
+    ("experts",): "v2_drafters",
+    ("settings",): "v2_settings",
+    ("width",): "v2_width",
+    ("gpu",): "v2_gpu",
 }
-"""Each group's module, the longest first."""
+"""Groups that share a process and its engines, and their module, the longest first."""
+GROUPS = [group for groups in PROCESSES for group in groups]
 MATRIX = (ROOT / "docs/v2-matrix.md").read_text()
 
 
-_waiting = deque(GROUPS)
+_waiting = deque(PROCESSES)
 _running: set[subprocess.Popen] = set()
-_outcomes: dict[str, dict[str, str]] = {}
+_outcomes: dict[str, str] = {}
 _workers: list[Thread] = []
 
 
@@ -55,13 +53,12 @@ def begin() -> None:
 def _work() -> None:
     with suppress(IndexError):  # none is left
         while True:
-            group = _waiting.popleft()
-            _outcomes[group] = run_group(group)
+            _outcomes.update(run_groups(_waiting.popleft()))
 
 
-def run_group(group: str) -> dict[str, str]:
-    """How each scenario of the group ended."""
-    command = [sys.executable, "-m", f"tests.engine.{GROUPS[group]}", group]
+def run_groups(groups: tuple[str, ...]) -> dict[str, str]:
+    """How each scenario of the groups ended."""
+    command = [sys.executable, "-m", f"tests.engine.{PROCESSES[groups]}", *groups]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
         _running.add(process)
@@ -69,7 +66,7 @@ def run_group(group: str) -> dict[str, str]:
         _running.discard(process)
     lines = [line for line in stdout.splitlines() if line.startswith(RESULT)]
     if not lines:
-        return {group: stdout[-2000:] + stderr[-4000:]}
+        return dict.fromkeys(groups, stdout[-2000:] + stderr[-4000:])
     return json.loads(lines[-1].removeprefix(RESULT))
 
 
@@ -80,8 +77,8 @@ def _leave_nothing_running() -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, dict[str, str]]:
-    """Of all groups; two run at a time, each on one core."""
+def outcomes() -> dict[str, str]:
+    """Of all scenarios; two processes run at a time, each on one core."""
     while len(_workers) < 2:
         begin()
     for worker in _workers:
@@ -92,7 +89,8 @@ def outcomes() -> dict[str, dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("group", GROUPS)
-def test_scenarios(group: str, outcomes: dict[str, dict[str, str]]) -> None:
-    failed = {name: said for name, said in outcomes[group].items() if said != "ok"}
+def test_scenarios(group: str, outcomes: dict[str, str]) -> None:
+    ended = {name: said for name, said in outcomes.items() if name.split(":")[0] == group}
+    failed = {name: said for name, said in ended.items() if said != "ok"}
     assert not failed, "\n\n".join(f"{name}\n{said}" for name, said in failed.items())
-    assert set(outcomes[group]) == set(re.findall(rf"`({group}: [^`]+)`", MATRIX))
+    assert set(ended) == set(re.findall(rf"`({group}: [^`]+)`", MATRIX))

@@ -7,11 +7,15 @@ they run in Triton's interpreter.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from specplus_kernels import cpu_library, dispatch
+
+if dispatch.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    import tests.interpreted  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.param("triton", marks=pytest.mark.slow)  # in the interpreter it is
