@@ -2,6 +2,7 @@
 TRITON_INTERPRET is set, before kernels run.
 
 What kernels compute stays as it is: the same operations, in the same order, on the same types.
+Seen to fail, in tests/kernels: types told apart by the first letters of their names.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton in th
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = {
     ("drafter",): "v2_drafters",
-    ("schedule", "feature", "triton", "control"): "v2",
     ("processes",): "v2_processes",
+    ("schedule", "feature", "triton", "control"): "v2",
     ("experts",): "v2_drafters",
-    ("settings",): "v2_settings",
     ("width",): "v2_width",
+    ("settings",): "v2_settings",
     ("gpu",): "v2_gpu",
 }
 """Groups that share a process and its engines, and their module, the longest first."""

@@ -1,4 +1,7 @@
-"""Scenarios of V2: `python -m tests.engine.v2 GROUP...` prints how each of the groups ended."""
+"""Scenarios of V2: `python -m tests.engine.v2 GROUP...` prints how each of the groups ended.
+
+Seen to fail: plain text looked up by the prompt alone (feature).
+"""
 
 from __future__ import annotations
 
