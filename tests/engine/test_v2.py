@@ -72,6 +72,7 @@ def run_groups(groups: tuple[str, ...]) -> dict[str, str]:
 
 @atexit.register
 def _leave_nothing_running() -> None:
+    _waiting.clear()
     for process in list(_running):
         process.terminate()
 
