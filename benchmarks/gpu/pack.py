@@ -56,9 +56,11 @@ def for_one_gpu(library: bytes, architecture: int = ARCHITECTURE) -> bytes:
             (made_for,) = struct.unpack_from("<I", library, element + 28)
             elements.append((kind, made_for, library[element : element + header + length]))
             element += header + length
+            if header < 32 or element > begin + size:
+                raise ValueError(f"no CUDA fat binary as known here at byte {place}")
         kept = [e for e in elements if e[:2] == (_CUBIN, architecture)]
         fitting = [e for e in elements if e[0] == _PTX and e[1] <= architecture]
-        kept = kept or sorted(fitting, key=lambda e: e[1])[-1:]
+        kept = kept or sorted(fitting, key=lambda e: e[1])[-1:] or elements  # none is for this GPU
         content = b"".join(code for _, _, code in kept)
         struct.pack_into("<Q", smaller, begin - 8, len(content))
         smaller[begin : begin + size] = content.ljust(size, b"\0")

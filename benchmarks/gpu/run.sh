@@ -57,7 +57,8 @@ vllm.platforms.current_platform.device_type' 2>&1) && return 0
 
 site() {
     if [ -f "$WHEELS/site.tar.xz" ]; then
-        mkdir -p "$SITE" && tar -xJf "$WHEELS/site.tar.xz" -C "$SITE" || return 1
+        rm -rf "$SITE"
+        "$PYTHON" -m tarfile -e "$WHEELS/site.tar.xz" "$SITE" || return 1
     else
         echo "no $WHEELS/site.tar.xz: only what $PYTHON has can run"
     fi

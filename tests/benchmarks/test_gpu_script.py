@@ -112,10 +112,11 @@ def test_code_for_one_gpu_stays() -> None:
     """Its machine code, else its newest PTX, where the container was; nothing after it moves."""
     others = (CUBIN, 80, b"sm_80 code"), (CUBIN, 100, b"sm_100 code"), (PTX, 75, b"// ptx")
     own, newest, too_new = (CUBIN, 90, b"own"), (PTX, 80, b"// newest"), (PTX, 100, b"// new")
-    before = fat_binary(*others, own, newest), fat_binary(newest, *others, too_new)
-    smaller = fat_binary(own), fat_binary(newest)
+    unfit = fat_binary(too_new, (CUBIN, 80, b"sm_80 code"))
+    before = fat_binary(*others, own, newest), fat_binary(newest, *others, too_new), unfit
+    smaller = fat_binary(own), fat_binary(newest), unfit
     after = tuple(new.ljust(len(old), b"\0") for old, new in zip(before, smaller, strict=True))
-    around = b"\x7fELF%sbetween%send"
+    around = b"\x7fELF%sbetween%s%send"
     assert pack.for_one_gpu(around % before, 90) == around % after
 
 

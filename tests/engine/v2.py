@@ -110,7 +110,6 @@ def asked(feature: str, num: int = 4, **options: Any) -> list[Request]:
 _PLAIN: dict[str, Any] = {}
 """What plain decoding gave for a model, options and a request."""
 SCHEDULING = (
-    "speculative_tree",
     "max_num_batched_tokens",
     "max_num_seqs",
     "num_gpu_blocks_override",
@@ -120,7 +119,11 @@ SCHEDULING = (
 
 def plain_run(model: str, wanted: list[Request], **options: Any) -> list:
     """Plain decoding of the requests, which the oracle learns from; each runs once."""
-    settings = tuple(item for item in options.items() if item[0] not in SCHEDULING)
+    settings = tuple(
+        (name, value)
+        for name, value in options.items()
+        if name not in SCHEDULING and "specul" not in name
+    )
     keys = [repr((model, settings, list(r.prompt), astuple(r.params))) for r in wanted]
     new = {key: r for key, r in zip(keys, wanted, strict=True) if key not in _PLAIN}
     plain = [Request(request.prompt, request.params) for request in new.values()]
