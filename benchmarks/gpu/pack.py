@@ -43,7 +43,8 @@ def for_one_gpu(library: bytes, architecture: int = ARCHITECTURE) -> bytes:
     """Leaves the code for one GPU in a library's fat binaries; containers keep their places.
 
     Zeros, which pack to nothing, stand where the rest was. A container keeps its machine code for
-    the architecture, or where it has none, the newest PTX that can be compiled for it.
+    the architecture, or where it has none, the newest PTX that can be compiled for it; one
+    without either stays as it is. Raises ValueError for an element of unknown form.
     """
     smaller = bytearray(library)
     place = library.find(_CONTAINER)
