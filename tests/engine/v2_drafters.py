@@ -34,6 +34,7 @@ from tests.engine.engines import DEFAULTS, Engine, Request
 from tests.engine.heads import fitted
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_distribution import SMALLEST_P, p_value
+from tests.engine.v2_draft_kv import branches, keeping
 from vllm_specplus.core.mtp_models import MTP_MODELS, HiddenStateFrom
 from vllm_specplus.engine import v2_speculator
 from vllm_specplus.engine.drafters import chain
@@ -155,11 +156,29 @@ def moved_trunk(name: str) -> None:
         accepted, with_path = ours.extra_tokens, drafted.copy()
         drafted.clear()
         assert accepted >= native.extra_tokens
-        without = lambda batch, path, depth: of(batch, path[:, :1], depth)  # noqa: E731
+        without = lambda batch, path, *rest: of(batch, path[:, :1], *rest)  # noqa: E731
         with mock.patch.object(chain, "chain_batch", without):
             assert texts(ours, wanted) == plain
     assert drafted != with_path
     assert ours.extra_tokens < 0.9 * accepted or name not in ("draft", "heads")
+
+
+def left_chain(name: str) -> None:
+    """After paths that leave its chain, a drafter keeps what it would have of a prompt."""
+    wanted = requests(name)
+    plain, ours = texts(engine(DRAFTERS[name][1]), wanted), drafting(name, 2 * DEPTH)
+    known = [[*r.prompt, *text] for r, text in zip(wanted, plain, strict=True)]
+    with keeping(ours) as kept:
+        with branches(known, DEPTH):
+            assert texts(ours, wanted) == plain
+        assert ours.extra_tokens > len(wanted) * len(plain[0]) / 3
+        paths, last = dict(kept), SamplingParams(temperature=0, max_tokens=1)
+        assert len(paths) > len(wanted)
+        for tokens in paths:
+            kept.clear()
+            texts(ours, [Request(tokens[:-1], last)])
+            for levels in zip(paths[tokens], kept[tokens], strict=True):
+                torch.testing.assert_close(*levels, atol=1e-4, rtol=0)
 
 
 def native_modules(name: str) -> None:
@@ -248,6 +267,8 @@ def graphs(name: str) -> None:
     for manager in managers:
         mode = getattr(speculator, manager).cudagraph_mode
         assert mode.has_full_cudagraphs() == (manager != "prefill_cudagraph_manager")
+        if name == "mtp, 3 modules":  # which run two earlier rows again
+            assert getattr(speculator, manager).decode_query_len == 1 + DEPTH + 2
     for manager, value in before.items():
         setattr(speculator.__wrapped__, manager, value)
     assert managers
@@ -275,6 +296,7 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
         "tree": lambda: tree(name, requests(name)),
         "tree, seed": lambda: tree(name, seeded(name)),
         "moved trunk": lambda: moved_trunk(name),
+        "left chain": lambda: left_chain(name),
     }
     of_eagle = {
         "chunked prompts": lambda: tree(name, seeded(name), max_num_batched_tokens=32),

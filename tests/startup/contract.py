@@ -25,12 +25,13 @@ from vllm_specplus.engine.compat import AttentionBackendEnum
 from vllm_specplus.startup import host
 
 ENGINES = [engine for engine in vars(host).values() if isinstance(engine, host.Engine)]
-ENGINE_FILES = sorted(Path(engine_package.__path__[0]).glob("*.py"))
+ENGINE_FILES = sorted(Path(engine_package.__path__[0]).rglob("*.py"))
 POSITIONAL = Parameter.POSITIONAL_OR_KEYWORD
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 V2_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 V2_VERIFIER = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+V2_MODULES = "vllm.v1.worker.gpu.spec_decode.multi_module_mtp.speculator"
 MIMO_V2 = "vllm.model_executor.models.mimo_v2_mtp"
 ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
     (MIMO_V2, "MiMoV2MultiTokenPredictor.__init__"): ("_MiMoV2MTPLayers",),
@@ -76,6 +77,14 @@ ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
         "self._verify",
         "self._get_logprobs_tensors",
     ),
+    (V2_MODULES, "MultiModuleMTPSpeculator.propose"): (
+        "self._prepare_inputs",
+        "self.block_tables.compute_slot_mappings",
+        "pad_trailing_draft_slots",
+        "self._build_attn_metadata",
+        "self._generate_drafts",
+    ),
+    (V2_MODULES, "MultiModuleMTPSpeculator._generate_drafts"): ("cache_inputs", "self._run_model"),
     (V1_RUNNER, "GPUModelRunner.execute_model"): (
         "self._update_states",
         "self._prepare_inputs",
@@ -95,6 +104,13 @@ INSTANCES = {
 """The V2 engine's names of objects of vLLM, and their classes."""
 CALLERS = sorted({module for module, _ in ORDERS})
 """Where vLLM calls what we override."""
+
+
+def engine_modules() -> list[str]:
+    """The modules in `ENGINE_FILES`."""
+    package = Path(engine_package.__path__[0])
+    parts = [file.relative_to(package).with_suffix("").parts for file in ENGINE_FILES]
+    return [".".join((engine_package.__name__, *part)) for part in parts]
 
 
 def imports(engine: host.Engine) -> dict[str, str]:
@@ -245,7 +261,8 @@ def _bound_by(
 ) -> list[str] | str:
     try:
         found = sources.find(modules[path.partition(".")[0]], path)
-        return _bound(sources.signature(found, called_on_object="." in path), call)
+        on_object = "." in path and ast.unparse(call.func) != path
+        return _bound(sources.signature(found, called_on_object=on_object), call)
     except (MissingNameError, KeyError) as missing:
         return f"{path}: {missing}"
 

@@ -21,7 +21,7 @@ from tests.startup.sources import MissingNameError, Sources
 from vllm_specplus.startup import host
 
 CUDA_VERSION = "0.33.0"
-MODULES = [f"vllm_specplus.engine.{file.stem}" for file in contract.ENGINE_FILES]
+MODULES = contract.engine_modules()
 
 
 def read_installed(path: str) -> str | None:

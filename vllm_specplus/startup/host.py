@@ -96,6 +96,8 @@ V2_HOST_METHODS: dict[str, str] = {
     "BaseSpeculator.capture": "",
     "BaseSpeculator.propose": "input_batch",
     "MultiModuleMTPSpeculator.load_draft_model": "target_model target_attn_layer_names",
+    "MultiModuleMTPSpeculator._prepare_inputs": "target_hidden_states input_batch num_tokens "
+    "max_query_len num_sampled num_rejected last_sampled next_prefill_tokens mm_inputs",
     "MultiModuleMTPSpeculator._run_model": "num_tokens attn_metadata slot_mappings "
     "num_tokens_across_dp spec_module_idx cudagraph_runtime_mode",
     "base_loader.initialize_model": "vllm_config prefix model_config",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,33 +32,53 @@ def with_depth(vllm_config: VllmConfig, depth: int) -> VllmConfig:
     return chain
 
 
+class Chains(NamedTuple):
+    """A batch of chains out of a batch of trees.
+
+    rows: int64 [num_tokens], the target's row of each of its rows. cut: int32 [num_reqs], how many
+    rows each request has less. committed: int64 [num_tokens] on the host, the same for rows up to
+    the root, which is there for all others.
+    """
+
+    batch: InputBatch
+    rows: torch.Tensor
+    cut: torch.Tensor
+    committed: torch.Tensor
+
+
 def chain_batch(
-    batch: InputBatch, path: torch.Tensor, depth: int
-) -> tuple[InputBatch, torch.Tensor, torch.Tensor]:
-    """A batch of chains out of a batch of trees; for each of its rows the target's row, int64
-    [num_tokens]; and how many rows each request has less, int32 [num_reqs].
+    batch: InputBatch, path: torch.Tensor, depth: int, num_again: int, max_tokens: int
+) -> Chains:
+    """What a drafter sees of a batch of trees.
 
     path: int64 [num_reqs, max_path + 1], accepted tree rows, root first, padded with -1. depth: no
-    path is longer.
+    path is longer. num_again: free rows that each request's window has at its end, for rows that
+    the drafter runs again; none where `max_tokens` do not hold them.
     """
+    num_reqs, scheduled = batch.num_reqs, batch.num_scheduled_tokens
     drafts = batch.num_draft_tokens_per_req
-    assert drafts is not None
+    if drafts is None:
+        drafts = np.zeros_like(scheduled)
     kept = np.minimum(drafts, depth)
-    lens = batch.num_scheduled_tokens - drafts + kept
+    chain = scheduled - drafts + kept
+    free = num_again * ~batch.is_prefilling_np
+    free *= chain.sum() + free.sum() <= max_tokens
+    lens = chain + free
     starts = np.concatenate([[0], lens.cumsum()]).astype(np.int32)
-    owner = np.arange(batch.num_reqs).repeat(lens)
-    before_root = (lens - 1 - kept)[owner]
+    owner = np.arange(num_reqs).repeat(lens)
+    before_root = (chain - 1 - kept)[owner]
     root = batch.query_start_loc_np[owner] + before_root
     step = np.arange(starts[-1]) - starts[owner] - before_root
+    step = np.minimum(step, kept[owner])
     device = path.device
     owners, roots, steps = async_tensor_h2d(np.stack([owner, root, step]), device, torch.int64)
-    cut = async_tensor_h2d(drafts - kept, device, torch.int32)
+    cut = async_tensor_h2d(drafts - kept - free, device, torch.int32)
     node = path[owners, steps.clamp(0, path.shape[1] - 1)]
     rows = roots + node.where((steps > 0) & (node > 0), steps)
-    longest = batch.seq_lens_cpu_upper_bound[: batch.num_reqs] - torch.from_numpy(drafts - kept)
+    longest = batch.seq_lens_cpu_upper_bound[:num_reqs] - torch.from_numpy(drafts - kept - free)
     chains = replace(
         batch,
-        num_reqs_after_padding=batch.num_reqs,
+        num_reqs_after_padding=num_reqs,
         num_scheduled_tokens=lens,
         num_tokens=len(rows),
         num_tokens_after_padding=len(rows),
@@ -66,13 +86,13 @@ def chain_batch(
         num_draft_tokens_per_req=kept,
         query_start_loc=async_tensor_h2d(starts, device),
         query_start_loc_np=starts,
-        seq_lens=batch.seq_lens[: batch.num_reqs] - cut,
+        seq_lens=batch.seq_lens[:num_reqs] - cut,
         seq_lens_cpu_upper_bound=longest,
         input_ids=batch.input_ids[rows],
         positions=batch.positions[roots + steps],
         is_padding=batch.is_padding[rows],
     )
-    return chains, rows, cut
+    return Chains(chains, rows, cut, torch.from_numpy(root + np.minimum(step, 0)))
 
 
 class ChainDrafter(wrapt.ObjectProxy):
@@ -82,17 +102,19 @@ class ChainDrafter(wrapt.ObjectProxy):
         super().__init__(drafter)
         self._self_ngram = ngram
         self._self_depth = ngram.config.num_speculative_tokens
+        self._self_again = getattr(drafter, "num_again", 0)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Full graphs for all but a first pass that takes the target's metadata, in which graphs
         would find the trees that they were not to see."""
         drafter, piecewise = self.__wrapped__, cudagraph_mode.has_piecewise_cudagraphs()
-        prefill = None
+        prefill, longest = None, self._self_depth + self._self_again
         if hasattr(drafter, "prefill_cudagraph_manager"):
             without = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
             drafter.init_cudagraph_manager(without)
             prefill = drafter.prefill_cudagraph_manager
-        drafter.init_cudagraph_manager(cudagraph_mode)
+        with scoped(drafter, "num_speculative_steps", longest):
+            drafter.init_cudagraph_manager(cudagraph_mode)
         if prefill is not None:
             drafter.prefill_cudagraph_manager = prefill
 
@@ -115,14 +137,18 @@ class ChainDrafter(wrapt.ObjectProxy):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The next trees as codes, int64 [num_reqs, num_nodes]."""
-        if input_batch.num_draft_tokens and not kwargs.get("dummy_run"):
-            path = self.model_state.path
-            input_batch, rows, cut = chain_batch(input_batch, path, self._self_depth)
+        again = self._self_again and not input_batch.is_prefilling_np.all()
+        if (input_batch.num_draft_tokens or again) and not kwargs.get("dummy_run"):
+            chains = self._chains(input_batch)
+            input_batch, rows = chains.batch, chains.rows
             attn_metadata, slot_mappings = self._attention(input_batch)
             last_hidden_states = last_hidden_states[rows]
             if aux_hidden_states:
                 aux_hidden_states = [hidden_states[rows] for hidden_states in aux_hidden_states]
-            num_rejected = num_rejected - cut
+            num_rejected = num_rejected - chains.cut
+            if kwargs.get("mm_inputs"):
+                embeds, is_embed = kwargs["mm_inputs"]
+                kwargs["mm_inputs"] = embeds, is_embed[chains.committed]
         if num_speculative_tokens is not None:
             num_speculative_tokens = min(num_speculative_tokens, self._self_depth)
         chain = self.__wrapped__.propose(
@@ -140,6 +166,11 @@ class ChainDrafter(wrapt.ObjectProxy):
         if num_speculative_tokens == 0:
             return self._self_ngram.nothing(input_batch)
         return self._self_ngram.propose_on(chain, input_batch.idx_mapping)
+
+    def _chains(self, batch: InputBatch) -> Chains:
+        drafter, no_path = self.__wrapped__, batch.idx_mapping[: batch.num_reqs, None]
+        path = self.model_state.path if batch.num_draft_tokens else no_path
+        return chain_batch(batch, path, self._self_depth, self._self_again, drafter.max_num_tokens)
 
     def _attention(self, batch: InputBatch) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tables = self.block_tables

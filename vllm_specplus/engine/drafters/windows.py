@@ -1,0 +1,81 @@
+"""vLLM's chain of several MTP modules, right for accepted paths that were not its own drafts."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_specplus.engine.compat_v2 import InputBatch, MultiModuleMTPSpeculator
+
+
+class WindowsSpeculator(MultiModuleMTPSpeculator):
+    """vLLM's speculator for several MTP modules, which runs earlier rows again.
+
+    All modules run over the same rows of a request, its window; module k has, at position p, token
+    p + k. So what it keeps of the last rows of a window was drafted: it is final once that token is
+    known. vLLM runs as many of these rows again as tokens were rejected, less one, which is right
+    where the accepted ones are its own chain. Here it is all that modules may have seen drafts at.
+    """
+
+    def _prepare_inputs(
+        self,
+        target_hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        num_tokens: int,
+        max_query_len: int,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """A window is rows to run again, then those whose hidden states are new, then rows that
+        nobody reads: `num_rejected` for the first and the last."""
+        buffers, num_reqs, most = self.input_buffers, input_batch.num_reqs, self.num_again
+        slots = input_batch.idx_mapping[:num_reqs]
+        ends = input_batch.query_start_loc[: num_reqs + 1].long()
+        starts, lens = ends[:-1], ends.diff()
+        first, num_new = input_batch.positions[starts], lens - num_rejected
+        again = num_rejected.clamp(max=most).minimum(first)
+
+        row = torch.arange(num_tokens, device=slots.device)
+        owner = torch.repeat_interleave(row[:num_reqs], lens, output_size=num_tokens)
+        step = row - (starts + again)[owner]  # from the first new row on
+        last = num_new[owner] - 1
+        source = (starts[owner] + step).clamp(0, num_tokens - 1)
+        earlier, cached = step < 0, (slots[owner], step.clamp(-most, -1))
+
+        sampled, known = num_sampled > 0, next_prefill_tokens[:, slots]
+        next_ids = last_sampled.flatten()[slots].where(sampled, known[0])
+        ids = input_batch.input_ids[(source + 1).clamp(max=num_tokens - 1)]
+        ids = ids.where(step < last, next_ids[owner])
+        buffers.input_ids[:num_tokens] = self.cached_draft_input_ids[cached].where(earlier, ids)
+        buffers.positions[:num_tokens] = first[owner] + step.minimum(last)
+        states = self.cached_target_hidden_states[cached]
+        new_states = target_hidden_states[source]
+        self.hidden_states[:num_tokens] = states.where(earlier[:, None], new_states)
+        if self.inputs_embeds is not None:
+            assert self.cached_draft_input_embeds is not None
+            embeds, is_embed = mm_inputs or (None, None)
+            embeds = self.model.embed_input_ids(
+                buffers.input_ids[:num_tokens],
+                multimodal_embeddings=embeds,
+                is_multimodal=is_embed,
+            )
+            before = self.cached_draft_input_embeds[cached]
+            self.inputs_embeds[:num_tokens] = before.where(earlier[:, None], embeds)
+
+        self.draft_input_id_overrides[:num_reqs] = known[1 : most + 1].T.where(
+            ~sampled[:, None], -1
+        )
+        for buffer, values, padding in (
+            (self.last_token_indices, starts + again + num_new - 1, 0),
+            (buffers.seq_lens, first - again + lens, 0),
+            (buffers.query_start_loc[1:], ends[1:], num_tokens),
+        ):
+            buffer[:num_reqs] = values
+            buffer[num_reqs:] = padding
+
+    @property
+    def num_again(self) -> int:
+        """Rows that are run again: as many as the last module's window reaches into drafts."""
+        return self.num_speculative_steps - 1
