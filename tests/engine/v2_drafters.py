@@ -170,9 +170,10 @@ def few_rows(name: str) -> None:
     ours = drafting(name, DEPTH, **options)
     rooms, of = [], chain.chain_batch
 
-    def recorded(*args: Any) -> chain.Chains:
-        rooms.append(of(*args).batch.num_tokens - of(*args[:3], 0, 0).batch.num_tokens)
-        return of(*args)
+    def recorded(batch: Any, path: Any, depth: int, *rest: int) -> chain.Chains:
+        windows, chains = of(batch, path, depth, *rest), of(batch, path, depth, 0, 0)
+        rooms.append(windows.batch.num_tokens - chains.batch.num_tokens)
+        return windows
 
     with mock.patch.object(chain, "chain_batch", recorded):
         assert texts(ours, wanted) == texts(native, wanted) == plain
