@@ -141,7 +141,8 @@ class ChainDrafter(wrapt.ObjectProxy):
         if (input_batch.num_draft_tokens or again) and not kwargs.get("dummy_run"):
             chains = self._chains(input_batch)
             input_batch, rows = chains.batch, chains.rows
-            attn_metadata, slot_mappings = self._attention(input_batch)
+            if not again:  # whose drafter makes its own
+                attn_metadata, slot_mappings = self._attention(input_batch)
             last_hidden_states = last_hidden_states[rows]
             if aux_hidden_states:
                 aux_hidden_states = [hidden_states[rows] for hidden_states in aux_hidden_states]
