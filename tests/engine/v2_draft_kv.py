@@ -12,8 +12,9 @@ from unittest import mock
 
 import torch
 from specplus_kernels.tree_grow.rows import TreeRows, empty_rows
+from vllm import SamplingParams
 
-from tests.engine.engines import Engine
+from tests.engine.engines import Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
 from vllm_specplus.engine import v2_speculator
 from vllm_specplus.engine.attention_cpu import vec_kv_views
@@ -24,7 +25,7 @@ Kept = dict[tuple[int, ...], list[torch.Tensor]]
 
 @contextmanager
 def keeping(run_by: Engine) -> Iterator[Kept]:
-    """Notes what the drafter has in its cache after every draft.
+    """Notes what the drafter has in its cache after every draft, but for prompts that go on.
 
     The row of level k (from 1 on) at position p saw token p + k: it is final once that is there.
     """
@@ -42,14 +43,16 @@ def keeping(run_by: Engine) -> Iterator[Kept]:
 
     def rows(name: str, index: int, end: int) -> torch.Tensor:
         table = runner.block_tables.input_block_tables[group_of[name]][index]
-        parts, at = vec_kv_views(layers[name].kv_cache), torch.arange(end)
+        parts, at = vec_kv_views(layers[name].kv_cache), torch.arange(max(end, 0))
         size = parts[0].shape[1]
         return torch.stack([part[table[at // size].long(), at % size] for part in parts])
 
     def noted(batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         drafted = propose(batch, *args, **kwargs)
-        states = runner.req_states
+        states, ends = runner.req_states, batch.num_computed_tokens_np + batch.num_scheduled_tokens
         for index, slot in enumerate(batch.idx_mapping.tolist()):
+            if ends[index] < batch.prefill_len_np[index]:
+                continue
             length = int(states.total_len.gpu[slot])
             tokens = states.all_token_ids.gpu[slot, :length].tolist()
             kept[tuple(tokens)] = [
@@ -82,3 +85,13 @@ def branches(texts: Sequence[Sequence[int]], depth: int) -> Iterator[None]:
 
     with mock.patch.object(v2_speculator, "ngram_match", match):
         yield
+
+
+def as_prompts_leave_it(run_by: Engine, kept: Kept, num_levels: int | None = None) -> None:
+    """What was kept of each path is what a prompt of its tokens leaves."""
+    paths, last = dict(kept), SamplingParams(temperature=0, max_tokens=1)
+    for tokens, levels in paths.items():
+        kept.clear()
+        run_by.run([Request(tokens[:-1], last)])
+        for rows in zip(levels[:num_levels], kept[tokens][:num_levels], strict=True):
+            torch.testing.assert_close(*rows, atol=1e-4, rtol=0)

@@ -45,7 +45,7 @@ from vllm_specplus.engine.compat_v2 import (
     resolve_model_state_cls,
 )
 from vllm_specplus.engine.drafters.chain import ChainDrafter, with_depth
-from vllm_specplus.engine.drafters.modules import init_chain
+from vllm_specplus.engine.drafters.windows import init_trunk
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.errors import not_built
@@ -271,7 +271,7 @@ def init_tree_speculator(
     if vllm_config.speculative_config.use_ngram():
         return ngram
     chain_config = with_depth(vllm_config, ngram.config.num_speculative_tokens)
-    return ChainDrafter(init_chain(chain_config, device, req_states), ngram)
+    return ChainDrafter(init_trunk(chain_config, device, req_states), ngram)
 
 
 class TreeRunner(GPUModelRunner):

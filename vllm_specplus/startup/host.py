@@ -90,6 +90,7 @@ V2_HOST_METHODS: dict[str, str] = {
     "BlockTables.compute_slot_mappings": "idx_mapping query_start_loc positions num_tokens_padded",
     "build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
     "async_tensor_h2d": "data device dtype",
+    "DraftModelSpeculator.attn_vllm_config": "",
     "DraftModelSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states "
     "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",

@@ -2,7 +2,8 @@
 
 A drafter of vLLM reads the rows of the target's batch as one sequence, the last of them rejected.
 Of a tree it gets the rows of the accepted path, 1 + depth for each request, however many nodes the
-tree had: its batch and its metadata are those of a chain.
+tree had: its batch and its metadata are those of a chain. Several MTP modules get free rows too
+(`windows.py`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Chains(NamedTuple):
     """A batch of chains out of a batch of trees.
 
     rows: int64 [num_tokens], the target's row of each of its rows. cut: int32 [num_reqs], how many
-    rows each request has less. committed: int64 [num_tokens] on the host, the same for rows up to
-    the root, which is there for all others.
+    rows each request has less, negative where it has more. committed: int64 [num_tokens] on the
+    host, as `rows` up to the root, which is there for all others.
     """
 
     batch: InputBatch
@@ -52,8 +53,8 @@ def chain_batch(
     """What a drafter sees of a batch of trees.
 
     path: int64 [num_reqs, max_path + 1], accepted tree rows, root first, padded with -1. depth: no
-    path is longer. num_again: free rows that each request's window has at its end, for rows that
-    the drafter runs again; none where `max_tokens` do not hold them.
+    path is longer. num_again: free rows that a decoding request gets at its end, for those that the
+    drafter runs again; the first requests get them, as far as `max_tokens` in all reach.
     """
     num_reqs, scheduled = batch.num_reqs, batch.num_scheduled_tokens
     drafts = batch.num_draft_tokens_per_req
@@ -61,8 +62,8 @@ def chain_batch(
         drafts = np.zeros_like(scheduled)
     kept = np.minimum(drafts, depth)
     chain = scheduled - drafts + kept
-    free = num_again * ~batch.is_prefilling_np
-    free *= chain.sum() + free.sum() <= max_tokens
+    free = num_again * (~batch.is_prefilling_np).astype(np.int32)
+    free *= chain.sum() + free.cumsum() <= max_tokens
     lens = chain + free
     starts = np.concatenate([[0], lens.cumsum()]).astype(np.int32)
     owner = np.arange(num_reqs).repeat(lens)
@@ -108,13 +109,12 @@ class ChainDrafter(wrapt.ObjectProxy):
         """Full graphs for all but a first pass that takes the target's metadata, in which graphs
         would find the trees that they were not to see."""
         drafter, piecewise = self.__wrapped__, cudagraph_mode.has_piecewise_cudagraphs()
-        prefill, longest = None, self._self_depth + self._self_again
+        prefill = None
         if hasattr(drafter, "prefill_cudagraph_manager"):
             without = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
             drafter.init_cudagraph_manager(without)
             prefill = drafter.prefill_cudagraph_manager
-        with scoped(drafter, "num_speculative_steps", longest):
-            drafter.init_cudagraph_manager(cudagraph_mode)
+        drafter.init_cudagraph_manager(cudagraph_mode)
         if prefill is not None:
             drafter.prefill_cudagraph_manager = prefill
 
@@ -141,7 +141,7 @@ class ChainDrafter(wrapt.ObjectProxy):
         if (input_batch.num_draft_tokens or again) and not kwargs.get("dummy_run"):
             chains = self._chains(input_batch)
             input_batch, rows = chains.batch, chains.rows
-            if not again:  # whose drafter makes its own
+            if not again:  # drafters that run rows again make metadata of their own
                 attn_metadata, slot_mappings = self._attention(input_batch)
             last_hidden_states = last_hidden_states[rows]
             if aux_hidden_states:

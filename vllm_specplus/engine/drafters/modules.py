@@ -19,19 +19,19 @@ from vllm_specplus.core.mtp_models import MTP_MODELS, NEXTN
 from vllm_specplus.engine.compat import VllmConfig, scoped
 from vllm_specplus.engine.compat_v2 import (
     GPUModelRunner,
+    MultiModuleMTPSpeculator,
     base_loader,
     disable_mtp_completeness_check,
     init_speculator,
     mimo_v2_mtp,
     model_runner,
 )
-from vllm_specplus.engine.drafters.windows import WindowsSpeculator
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class ModulesSpeculator(WindowsSpeculator):
-    """`WindowsSpeculator` for a target's own modules."""
+class ModulesSpeculator(MultiModuleMTPSpeculator):
+    """vLLM's speculator for several MTP modules."""
 
     def load_draft_model(self, *args: Any, **kwargs: Any) -> nn.Module:
         config = self.draft_model_config.hf_config
@@ -111,13 +111,17 @@ def repeat_last_module(model: Any, num_modules: int, num_layers: int) -> None:
     model.load_weights = load
 
 
+def has_several_modules(options: Any) -> bool:
+    """Whether a SpeculativeConfig is for several MTP modules of the target's own."""
+    draft = options.draft_model_config
+    return hasattr(getattr(draft, "hf_config", None), "specplus_num_modules")
+
+
 def init_chain(vllm_config: VllmConfig, *args: Any) -> Any:
-    """vLLM's `init_speculator`, but for several MTP modules."""
-    options = vllm_config.speculative_config
-    if not options.use_multi_module_mtp():
-        return init_speculator(vllm_config, *args)
-    own = hasattr(options.draft_model_config.hf_config, "specplus_num_modules")
-    return (ModulesSpeculator if own else WindowsSpeculator)(vllm_config, args[0])
+    """vLLM's `init_speculator`, but for several MTP modules of the target's own."""
+    if has_several_modules(vllm_config.speculative_config):
+        return ModulesSpeculator(vllm_config, args[0])
+    return init_speculator(vllm_config, *args)
 
 
 class ModulesRunner(GPUModelRunner):

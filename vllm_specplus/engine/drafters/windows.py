@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from vllm_specplus.engine.compat_v2 import InputBatch, MultiModuleMTPSpeculator
+from vllm_specplus.engine.compat import VllmConfig, scoped
+from vllm_specplus.engine.compat_v2 import (
+    CUDAGraphMode,
+    InputBatch,
+    MultiModuleMTPSpeculator,
+    init_speculator,
+)
+from vllm_specplus.engine.drafters.chain import with_depth
+from vllm_specplus.engine.drafters.modules import ModulesSpeculator, has_several_modules
 
 
 class WindowsSpeculator(MultiModuleMTPSpeculator):
@@ -13,8 +23,27 @@ class WindowsSpeculator(MultiModuleMTPSpeculator):
     All modules run over the same rows of a request, its window; module k has, at position p, token
     p + k. So what it keeps of the last rows of a window was drafted: it is final once that token is
     known. vLLM runs as many of these rows again as tokens were rejected, less one, which is right
-    where the accepted ones are its own chain. Here it is all that modules may have seen drafts at.
+    where the accepted ones are its own chain. Here all are run again that may have seen a draft.
+
+    num_again: how many these are; as far as the last module's window reaches into drafts.
     """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.num_again = self.num_speculative_steps - 1
+        # vLLM keeps the last rows of each window, and after a short one older rows beside them.
+        self._num_cached = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """By which attention tells decoding requests by their length, with the longest window."""
+        return with_depth(self.vllm_config, self.num_speculative_steps + self.num_again)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Graphs for the longest window."""
+        longest = self.num_speculative_steps + self.num_again
+        with scoped(self, "num_speculative_steps", longest):
+            super().init_cudagraph_manager(cudagraph_mode)
 
     def _prepare_inputs(
         self,
@@ -29,13 +58,14 @@ class WindowsSpeculator(MultiModuleMTPSpeculator):
         mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """A window is rows to run again, then those whose hidden states are new, then rows that
-        nobody reads: `num_rejected` for the first and the last."""
+        nobody reads: `num_rejected` are of the first or of the last kind."""
         buffers, num_reqs, most = self.input_buffers, input_batch.num_reqs, self.num_again
         slots = input_batch.idx_mapping[:num_reqs]
         ends = input_batch.query_start_loc[: num_reqs + 1].long()
         starts, lens = ends[:-1], ends.diff()
         first, num_new = input_batch.positions[starts], lens - num_rejected
-        again = num_rejected.clamp(max=most).minimum(first)
+        again = num_rejected.minimum(self._num_cached[slots])
+        self._num_cached[slots] = (again + num_new).clamp(max=most)
 
         row = torch.arange(num_tokens, device=slots.device)
         owner = torch.repeat_interleave(row[:num_reqs], lens, output_size=num_tokens)
@@ -75,7 +105,15 @@ class WindowsSpeculator(MultiModuleMTPSpeculator):
             buffer[:num_reqs] = values
             buffer[num_reqs:] = padding
 
-    @property
-    def num_again(self) -> int:
-        """Rows that are run again: as many as the last module's window reaches into drafts."""
-        return self.num_speculative_steps - 1
+
+class ModuleWindowsSpeculator(WindowsSpeculator, ModulesSpeculator):
+    """The same for a target's own modules."""
+
+
+def init_trunk(vllm_config: VllmConfig, *args: Any) -> Any:
+    """vLLM's `init_speculator` for what has a tree around it, whose path may leave the chain."""
+    options = vllm_config.speculative_config
+    if not options.use_multi_module_mtp():
+        return init_speculator(vllm_config, *args)
+    own = has_several_modules(options)
+    return (ModuleWindowsSpeculator if own else WindowsSpeculator)(vllm_config, args[0])
