@@ -86,17 +86,13 @@ class WindowsSpeculator(MultiModuleMTPSpeculator):
         if self.inputs_embeds is not None:
             assert self.cached_draft_input_embeds is not None
             embeds, is_embed = mm_inputs or (None, None)
-            embeds = self.model.embed_input_ids(
-                buffers.input_ids[:num_tokens],
-                multimodal_embeddings=embeds,
-                is_multimodal=is_embed,
-            )
+            images = {"multimodal_embeddings": embeds, "is_multimodal": is_embed}
+            embeds = self.model.embed_input_ids(buffers.input_ids[:num_tokens], **images)
             before = self.cached_draft_input_embeds[cached]
             self.inputs_embeds[:num_tokens] = before.where(earlier[:, None], embeds)
 
-        self.draft_input_id_overrides[:num_reqs] = known[1 : most + 1].T.where(
-            ~sampled[:, None], -1
-        )
+        later = known[1 : most + 1].T.where(~sampled[:, None], -1)
+        self.draft_input_id_overrides[:num_reqs] = later
         for buffer, values, padding in (
             (self.last_token_indices, starts + again + num_new - 1, 0),
             (buffers.seq_lens, first - again + lens, 0),
