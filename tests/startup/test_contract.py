@@ -182,7 +182,7 @@ def test_text_and_import_agree_on_every_signature(engine: host.Engine) -> None:
             vllm = sources("installed")
             read = vllm.signature(vllm.find(module, path))
             found = host._resolve(module, path)
-            imported = inspect.signature(found.fget if isinstance(found, property) else found)
+            imported = inspect.signature(getattr(found, "fget", found))  # of a property its getter
             kinds = [(p.name, p.kind) for p in imported.parameters.values()]
             assert [(p.name, p.kind) for p in read.parameters.values()] == kinds, path
             compared += 1
