@@ -1,4 +1,4 @@
-"""Imports go one way: plugin, cli, startup and train, engine, proposers, core, specplus_kernels."""
+"""Imports go one way: plugin, cli, startup and train, engine, round, proposers, core, kernels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ORDER = (
     ("cli",),
     ("startup", "train"),  # beside each other: neither imports the other
     ("engine",),
+    ("round",),
     ("proposers",),
     ("core",),
     ("specplus_kernels",),
@@ -103,6 +104,29 @@ def find_folders_without_init(root: Path) -> list[str]:
 
 def test_imports_go_one_way() -> None:
     assert find_violations(ROOT) == []
+
+
+def find_strangers(root: Path) -> list[str]:
+    """Returns the engine's modules that touch nothing of vLLM's: they belong further down."""
+    engine = root / "vllm_specplus/engine"
+    compat = "vllm_specplus.engine.compat"
+    return [
+        str(path.relative_to(root))
+        for path in sorted(engine.rglob("*.py"))
+        if path.stem != "__init__" and not path.stem.startswith("compat")
+        if not any(name.startswith(compat) for _, name in _imports(path, root / "vllm_specplus"))
+    ]
+
+
+def test_the_engine_is_what_touches_vllm() -> None:
+    assert find_strangers(ROOT) == []
+
+
+def test_an_engine_module_without_vllm_is_found(tmp_path: Path) -> None:
+    _plant(tmp_path, "vllm_specplus/engine/compat_x.py", "import vllm")
+    _plant(tmp_path, "vllm_specplus/engine/a.py", "from vllm_specplus.engine.compat_x import vllm")
+    _plant(tmp_path, "vllm_specplus/engine/drafters/b.py", "import torch")
+    assert find_strangers(tmp_path) == ["vllm_specplus/engine/drafters/b.py"]
 
 
 def test_every_package_folder_is_a_package() -> None:

@@ -20,8 +20,8 @@ from tests.engine.features import params, prompts, requests
 from tests.engine.metrics import LOGGED, check, gather
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.stats import FALLBACKS
-from vllm_specplus.engine.round import SpecRound
 from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.round import SpecRound
 
 
 def emitted(engine: Engine, asked: list[Request]) -> int:

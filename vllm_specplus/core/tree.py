@@ -180,3 +180,21 @@ def _words(masks: Sequence[int], words: int) -> np.ndarray:
     return np.array(
         [[mask >> WORD_BITS * w & low for w in range(words)] for mask in masks], dtype=np.uint64
     )
+
+
+def encode(
+    tokens: torch.Tensor,  # [num_reqs, num_nodes + 1], -1 on padding rows
+    parents: torch.Tensor,  # [num_reqs, num_nodes + 1]
+    filler: torch.Tensor,  # [num_reqs, 1]
+    chain_only: torch.Tensor,  # [num_reqs] bool
+) -> torch.Tensor:  # [num_reqs, num_nodes] int64
+    """Codes of the nodes (`Tree.encode`); what is no node, or leaves a chain, becomes filler.
+
+    The engine schedules every row, and filler on a chain is a draft like any other: right if the
+    target happens to say so.
+    """
+    tokens, parents = tokens[:, 1:], parents[:, 1:]
+    before = torch.arange(tokens.shape[1], device=tokens.device)
+    dropped = (tokens < 0) | (chain_only[:, None] & (parents != before)).cumsum(1).bool()
+    codes = tokens | (before - parents) << TOKEN_BITS
+    return torch.where(dropped, filler, codes)

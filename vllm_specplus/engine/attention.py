@@ -21,7 +21,7 @@ from vllm_specplus.engine.compat import (
     AttentionCGSupport,
     resolve_obj_by_qualname,
 )
-from vllm_specplus.engine.round import Staged
+from vllm_specplus.round import Staged
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ import torch
 from specplus_kernels.kv_commit import KVCommitPlan
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.core.step_clock import StepClock
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine.attention import attach_tree
 from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend, vec_kv_views
-from vllm_specplus.engine.clock import StepClock
 from vllm_specplus.engine.compat import (
     AttentionBackendEnum,
     KVCacheConfig,
@@ -37,11 +37,11 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingType,
 )
 from vllm_specplus.engine.drafters.mtp import PagedHeads
-from vllm_specplus.engine.round import Moves, SpecRound, Staged
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.heads.checkpoint import load_heads
 from vllm_specplus.proposers.mtp import MtpProposer
+from vllm_specplus.round import Moves, SpecRound, Staged
 
 _MOST_ROWS_TIMED = 128
 """Beyond these rows drafts never pay on a CPU."""

@@ -10,7 +10,7 @@ from specplus_kernels.ngram_match import ngram_match
 from vllm_specplus.config import MAX_NODES, SpecPlusConfig, StaticTree
 from vllm_specplus.core.graft import graft
 from vllm_specplus.core.static_shape import StaticShape
-from vllm_specplus.core.tree import TOKEN_BITS
+from vllm_specplus.core.tree import encode
 from vllm_specplus.engine.compat import VllmConfig
 from vllm_specplus.engine.compat_v2 import BaseSpeculator, InputBatch, RequestState
 
@@ -68,21 +68,3 @@ class NgramTreeSpeculator(BaseSpeculator):
         if self._shape is not None:
             tokens, parents = self._shape.fit(tokens, parents)
         return encode(tokens, parents, states.last_sampled_tokens[slots], states.chain_only[slots])
-
-
-def encode(
-    tokens: torch.Tensor,  # [num_reqs, num_nodes + 1], -1 on padding rows
-    parents: torch.Tensor,  # [num_reqs, num_nodes + 1]
-    filler: torch.Tensor,  # [num_reqs, 1]
-    chain_only: torch.Tensor,  # [num_reqs] bool
-) -> torch.Tensor:  # [num_reqs, num_nodes] int64
-    """Codes of the nodes (`Tree.encode`); what is no node, or leaves a chain, becomes filler.
-
-    The engine schedules every row, and filler on a chain is a draft like any other: right if the
-    target happens to say so.
-    """
-    tokens, parents = tokens[:, 1:], parents[:, 1:]
-    before = torch.arange(tokens.shape[1], device=tokens.device)
-    dropped = (tokens < 0) | (chain_only[:, None] & (parents != before)).cumsum(1).bool()
-    codes = tokens | (before - parents) << TOKEN_BITS
-    return torch.where(dropped, filler, codes)

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_specplus.engine.compat import (
-    scoped,
-)
-from vllm_specplus.engine.compat_cpu import (
-    CPUWorker,
-    cpu_worker,
-)
+from vllm_specplus.engine.compat import scoped
+from vllm_specplus.engine.compat_cpu import CPUWorker, cpu_worker
 from vllm_specplus.engine.metrics import CountingWorker
 from vllm_specplus.engine.v1 import SpecPlusCPUModelRunner, fallback
 

@@ -1,1 +1,1 @@
-"""Drafters with weights, between vLLM's runners and the trees that grow from them."""
+"""MTP drafters: trained heads on either runner, and a target's own modules."""
