@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.engines import get_engine, reference
 from tests.engine.features import differ, requests
-from vllm_specplus.engine import round as spec_round
+from vllm_specplus import round as spec_round
 from vllm_specplus.engine import sampling
 
 

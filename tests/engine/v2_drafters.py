@@ -39,8 +39,8 @@ from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_distribution import SMALLEST_P, p_value
 from tests.engine.v2_draft_kv import as_prompts_leave_it, branches, keeping
 from vllm_specplus.core.mtp_models import MTP_MODELS, HiddenStateFrom
-from vllm_specplus.engine import v2_speculator
 from vllm_specplus.engine import v2_chain as chain
+from vllm_specplus.engine import v2_speculator
 
 DEPTH, NUM_NODES = 3, 8
 LENGTH, NUM_SEQUENCES = 3, 320
