@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed import parallel_state
 
 from tests.engine.models import BUILDERS, MAX_MODEL_LEN, save
 from tests.engine.proposers import Probe, learn, truth, watch
@@ -138,8 +139,18 @@ def allow_engines_after_numba() -> None:
     _lib_wrapper.__getattr__ = without_dunders
 
 
+def allow_experts_after_others() -> None:
+    """vLLM makes the group of ranks that share experts with a process' first engine, if that has
+    some. With one rank all groups are alike."""
+    if parallel_state._EP is None:
+        parallel_state._EP = parallel_state._TP
+
+
 @cache
 def model_path(model: str) -> Path:
+    """A folder, or one that is written for a name of `BUILDERS`."""
+    if "/" in model:
+        return Path(model)
     path = Path(mkdtemp(prefix=f"specplus-{model}-"))
     save(BUILDERS[model](), path)
     return path
@@ -164,6 +175,7 @@ _STARTED: list[Engine] = []
 def start(model: str, method: str, **options: Any) -> Engine:
     """A new engine; `get_engine` shares one per configuration."""
     allow_engines_after_numba()
+    allow_experts_after_others()
     llm = LLM(model=str(model_path(model)), **DEFAULTS | spec_options(method) | options)
     ours = method not in ("plain", "native")
     _STARTED.append(Engine(llm, install(llm, method == "oracle")[0] if ours else None))

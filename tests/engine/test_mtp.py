@@ -18,7 +18,7 @@ from tests.engine.engines import Request, get_engine, reference
 from tests.engine.features import assert_equal, mixed, params, prompts, requests
 from tests.engine.heads import fitted, random_path
 from tests.train.tiny import PROMPT_LEN
-from vllm_specplus.engine.drafters import mtp as paged
+from vllm_specplus.engine.drafters import paged
 from vllm_specplus.errors import OptionError
 from vllm_specplus.proposers import levels, mtp
 from vllm_specplus.proposers.heads.checkpoint import load_heads
@@ -132,7 +132,7 @@ def mismatches(drafted, hidden_states, model, heads):
         tokens = torch.tensor([*known[1:], *path, 0, 0][: len(known) + 1])
         embeddings = functional.embedding(tokens, model._embedding) * model._embed_scale
         state = heads(target_states[None], embeddings[None])[len(path), 0, -1]
-        (expected,) = model.best_tokens(state[None], NUM_CHILDREN)
+        (expected,) = model.best_tokens(len(path), state[None], NUM_CHILDREN)
         close = below.keys() == expected.keys() and all(
             abs(below[token] - prob) < PROB_TOLERANCE for token, prob in expected.items()
         )
@@ -176,13 +176,13 @@ def other_positions(monkeypatch):
 def other_slots(monkeypatch):
     """Keys and values are written two slots too early. One costs heads that take the target's
     states about 0.2 at the last depth, which is the bound's distance: CPUs fit them differently."""
-    init = paged._PagedAttention.__init__
+    rows = paged.paged_rows
 
-    def shifted(self, *args):
-        init(self, *args)
-        self.slot_mapping = (self.slot_mapping - 2).clamp(min=0)
+    def shifted(*args):
+        of_level = rows(*args)
+        return replace(of_level, slot_mapping=(of_level.slot_mapping - 2).clamp(min=0))
 
-    monkeypatch.setattr(paged._PagedAttention, "__init__", shifted)
+    monkeypatch.setattr(paged, "paged_rows", shifted)
 
 
 SABOTAGES = [None, other_hidden_states, other_positions, other_slots]

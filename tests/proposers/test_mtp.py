@@ -31,7 +31,7 @@ def draft(cells: SourceCells, state: _Request) -> _Draft:
 
 
 def new_state() -> _Request:
-    return _Request(1, [1], [[]])
+    return _Request(1, [1] * 3, [[], [], []])
 
 
 def test_a_token_of_both_sources_is_one_candidate() -> None:
@@ -59,3 +59,16 @@ def test_the_frontier_and_its_ancestors_fit_the_slots() -> None:
     assert narrow.nodes == list(narrow.frontier) == [(5,), (7,)]
     narrow.branch(1, [{3: 0.5}, {4: 0.5}])
     assert narrow.nodes == [(5,), (5, 3)] and list(narrow.frontier) == [(5, 3)]
+
+
+def test_only_nodes_that_have_run_are_continued() -> None:
+    """n-grams go on after a token that had no room; before, its hidden state was missing."""
+    matches = {(): [(9, log(0.9))], (9,): [(6, log(0.9))], (9, 6): []}
+    request = DraftRequest("0", np.array([1, 2], np.int32), 3, 8, num_slots=1)
+    state, votes = new_state(), matches.__getitem__
+    narrow = _Draft(request, state, SourceCells(), votes, None, True)  # type: ignore[arg-type]
+    narrow.branch(0, [{5: 0.95}])
+    assert list(narrow.frontier) == [(5,)]
+    narrow.branch(1, [{3: 0.01}])
+    assert narrow.nodes == [(5,), (5, 3)] and list(narrow.frontier) == [(5, 3)]
+    assert (9, 6) in narrow.grow(3).paths()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from tests.startup.spellings import by_keywords
 from vllm_specplus.core.mtp_models import MTP_MODELS, NEXTN, NOT_MODULES, MTPModel
 from vllm_specplus.startup import host
 from vllm_specplus.startup.mtp_modules import count_modules, counted_modules
+from vllm_specplus.startup.refusals import tree_refusals
 
 DOC = Path(__file__).resolve().parents[2] / "docs/mtp-models.md"
 NEW_IN_33 = {"step5_mtp"}
@@ -121,7 +123,7 @@ def test_several_modules_run_in_our_worker(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = write_config(tmp_path, GLM | {NEXTN: num})
-    monkeypatch.setattr("vllm_specplus.startup.mtp_modules.wanted_engine", lambda: host.V2_ENGINE)
+    monkeypatch.setattr("vllm_specplus.startup.options.wanted_engine", lambda: host.V2_ENGINE)
     monkeypatch.setattr("vllm_specplus.startup.mtp_modules.tree_engine", lambda: host.V2_ENGINE)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("INFO", "vllm.specplus"):
@@ -133,14 +135,41 @@ def test_several_modules_run_in_our_worker(
     assert own.speculative_config == {"method": "mtp", "num_speculative_tokens": num}
 
 
-def test_the_v1_runner_says_that_it_loops_one_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("tree", ["chain", "dynamic:8"])
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_on_the_v1_runner_they_are_drafted_with_by_our_engine(
+    num: int, tree: str, tmp_path: Path
 ) -> None:
-    model = write_config(tmp_path, GLM | {NEXTN: 3})
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level("INFO", "vllm.specplus"):
-        assert by_keywords(model, speculative_model="[mtp3]").worker_cls == "auto"
-    assert "from module 1, unrolled (vLLM's V1 runner runs no other)" in caplog.text
+    model = write_config(tmp_path, GLM | {NEXTN: num})
+    asked = by_keywords(model, speculative_model="[mtp3]", speculative_tree=tree)
+    native = num == 1 and tree == "chain"
+    assert asked.worker_cls == ("auto" if native else host.CPU_ENGINE.worker_cls)
+    options = asked.create_engine_config().speculative_config
+    assert options.method == ("mtp" if native else host.CPU_ENGINE.method)
+    assert options.num_speculative_tokens == (8 if tree == "dynamic:8" else 3)
+    draft = options.draft_model_config.hf_config
+    assert draft.architectures == ["Glm4MoeMTPModel"]
+    assert draft.n_predict == (1 if num == 1 else 3)
+    assert getattr(draft, "specplus_num_modules", 1) == num
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("model_config.attention_chunk_size", 64, "several MTP modules on vLLM's V1 runner: it ha"),
+        ("parallel_config.tensor_parallel_size", 2, "draft on one rank"),
+        ("parallel_config.data_parallel_size", 2, "draft on one rank"),
+    ],
+)
+def test_refused_on_the_v1_runner(field: str, value: int, said: str, tmp_path: Path) -> None:
+    model = write_config(tmp_path, GLM | {NEXTN: 2})
+    config = by_keywords(model, speculative_model="[mtp3]").create_engine_config()
+    assert tree_refusals(config) == []
+    *owners, name = field.split(".")
+    setattr(reduce(getattr, owners, config), name, value)
+    (sentence,) = tree_refusals(config)
+    assert said in sentence
+    assert sentence.endswith("={'method': 'mtp', 'num_speculative_tokens': 2}.")
 
 
 def test_only_our_workers_get_another_config() -> None:

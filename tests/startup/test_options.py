@@ -114,14 +114,14 @@ def test_chains_of_vllm_are_left_to_vllm(
     ],
 )
 @pytest.mark.parametrize("method", ["mtp", "mtp3"])
-def test_chains_of_the_models_own_modules_are_left_to_vllm(
+def test_chains_of_the_models_one_module_are_left_to_vllm(
     method: str, model_type: str, count: str, tmp_path: Path
 ) -> None:
     model = write_config(tmp_path, LLAMA | {"model_type": model_type, count: 1})
     arguments = by_keywords(model, speculative_model=f"[{method}]", num_speculative_tokens=2)
     assert arguments.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
-    with pytest.raises(OptionError, match="needs heads"):
-        by_keywords(model, **TREE_OF_HEADS, speculative_model=f"[{method}]")
+    tree = by_keywords(model, **TREE_OF_HEADS, speculative_model=f"[{method}]")
+    assert tree.worker_cls == host.CPU_ENGINE.worker_cls
 
 
 @pytest.mark.parametrize("tree", ["chain", "dynamic:12"])

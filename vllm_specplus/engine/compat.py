@@ -13,6 +13,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader import base_loader
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.models import mimo_v2_mtp
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention import selector

@@ -6,6 +6,8 @@ Apart from compat.py so that an engine on a GPU loads none of it.
 from __future__ import annotations
 
 import torch
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.sampling_params import SamplingType
 from vllm.v1.attention.backends.cpu_attn import (
@@ -26,6 +28,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
 
 
 def draw_seed(generator: torch.Generator) -> int:

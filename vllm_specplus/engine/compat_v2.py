@@ -6,9 +6,6 @@ Apart from compat.py because these modules bring Triton along.
 from __future__ import annotations
 
 from vllm.config.compilation import CUDAGraphMode
-from vllm.model_executor.model_loader import base_loader
-from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-from vllm.model_executor.models import mimo_v2_mtp
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor

@@ -36,6 +36,7 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingMetadata,
     SamplingType,
 )
+from vllm_specplus.engine.drafters.modules_v1 import PagedModules
 from vllm_specplus.engine.drafters.mtp import PagedHeads
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
@@ -53,17 +54,22 @@ class TreeDrafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = vllm_config.additional_config["specplus"]
         self.round = SpecRound(SpecPlusConfig.model_validate(options))
-        self.heads: PagedHeads | None = None
+        self.modules: PagedHeads | PagedModules | None = None
         self._vllm_config = vllm_config
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """Loads the proposer's heads, if it has some."""
-        proposer = self.round.proposer
-        if isinstance(proposer, MtpProposer):
+        """Loads the proposer's MTP modules, if it has some."""
+        proposer, config = self.round.proposer, self._vllm_config
+        if not isinstance(proposer, MtpProposer):
+            return
+        if proposer.path is None:
+            depth = self.round.max_depth
+            proposer.model = self.modules = PagedModules(target_model, config, depth)
+        else:
             checkpoint = load_heads(proposer.path)
             num_levels = proposer.num_levels(checkpoint.config.num_modules)
-            self.heads = PagedHeads(checkpoint, target_model, self._vllm_config, num_levels)
-            proposer.model = self.heads
+            heads = PagedHeads(checkpoint, target_model, config, num_levels)
+            proposer.model = self.modules = heads
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")
@@ -110,8 +116,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
             caches = [layers[name].kv_cache for name in group.layer_names]
             self._commit_plans[gid] = KVCommitPlan([v for c in caches for v in vec_kv_views(c)])
-            if self.drafter.heads is not None:
-                self.drafter.heads.bind(group.layer_names, self.input_batch.block_table[gid])
+            if self.drafter.modules is not None:
+                self.drafter.modules.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
     def measure_step_costs(self, repeats: int = 3) -> None:
@@ -275,7 +281,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
 
     def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
         """Bounds of a request's next draft; none for prompt chunks."""
-        state = self.requests[req_id]
+        state, modules = self.requests[req_id], self.drafter.modules
         params = state.sampling_params
         num_tokens = int(self.input_batch.num_tokens_no_spec[index])
         room = self.max_model_len - num_tokens - 1
@@ -291,7 +297,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             max_nodes=min(room, self.num_spec_tokens),
             chain_only=fallback(params) == "structured_outputs",
             index=index,
-            num_slots=0 if self.drafter.heads is None else self.drafter.heads.num_slots(index),
+            num_slots=0 if modules is None else modules.num_slots(index),
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:

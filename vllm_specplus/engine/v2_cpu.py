@@ -9,7 +9,7 @@ from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend
 from vllm_specplus.engine.compat import AttentionBackendEnum, scoped
 from vllm_specplus.engine.compat_cpu import CPUWorker
 from vllm_specplus.engine.compat_v2 import CPUModelRunner
-from vllm_specplus.engine.drafters.modules import ModulesRunner
+from vllm_specplus.engine.drafters.modules_v2 import ModulesRunner
 from vllm_specplus.engine.v2 import TreeRunner
 from vllm_specplus.engine.worker_v2 import ModulesWorker, TreeWorker
 

@@ -13,7 +13,8 @@ from vllm_specplus.engine.compat_v2 import (
     MultiModuleMTPSpeculator,
     init_speculator,
 )
-from vllm_specplus.engine.drafters.modules import ModulesSpeculator, has_several_modules
+from vllm_specplus.engine.drafters.modules import has_several_modules
+from vllm_specplus.engine.drafters.modules_v2 import ModulesSpeculator
 from vllm_specplus.engine.v2_chain import with_depth
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_specplus.core.stats import SpecStats
 from vllm_specplus.engine.compat import Worker
-from vllm_specplus.engine.drafters.modules import ModulesRunner
+from vllm_specplus.engine.drafters.modules_v2 import ModulesRunner
 from vllm_specplus.engine.metrics import CountingWorker
 from vllm_specplus.engine.v2 import TreeRunner
 

@@ -67,9 +67,14 @@ MAX_NODES = WORD_BITS
 
 
 class DraftModel(Protocol):
-    """Modules that draft one level each, over an engine's KV cache."""
+    """Modules that draft one level each, over an engine's KV cache.
+
+    num_caches: levels with a module and a cache of their own. Deeper ones run the last of these
+    modules over its own cache, one position on each time: one module is unrolled.
+    """
 
     num_levels: int
+    num_caches: int
     hidden_state_from: Literal["previous", "target"]
 
     def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
@@ -78,5 +83,10 @@ class DraftModel(Protocol):
         Returns the rows' hidden states, [sum of rows, hidden_size].
         """
 
-    def best_tokens(self, hidden_states: torch.Tensor, num: int) -> list[dict[int, float]]:
-        """Per row, the `num` likeliest next tokens and their probabilities, in (0, 1]."""
+    def best_tokens(
+        self, level: int, hidden_states: torch.Tensor, num: int
+    ) -> list[dict[int, float]]:
+        """Per row, the `num` likeliest next tokens and their probabilities, in (0, 1].
+
+        hidden_states: rows that `forward` returned for the level.
+        """

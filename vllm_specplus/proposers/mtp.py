@@ -7,10 +7,11 @@ before that its row is drafted anew every round. So a level is one forward pass 
 
     the committed rows that its module has not seen yet, then the nodes of the draft so far,
 
-and what follows the deepest nodes are the candidates of the next level. The best of these are
-continued (EAGLE-2, Li et al. 2024, arXiv 2406.16858); in a chain it is one. n-gram matches may join
-as a second source: a token that both propose is one candidate, and what each source and their
-agreement are worth is learned online.
+and what follows the deepest nodes are the candidates of the next level. A module that drafts all
+levels alone keeps token t+1 at position t in all of them, so its committed rows are those of the
+first level. The best candidates are continued (EAGLE-2, Li et al. 2024, arXiv 2406.16858); in a
+chain it is one. n-gram matches may join as a second source: a token that both propose is one
+candidate, and what each source and their agreement are worth is learned online.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class SourceCells:
 class _Request:
     """What is remembered of one request from step to step.
 
-    end: position behind the last one whose hidden state has come. starts: per level, the first
-    position that its module has not seen. inputs: per level, hidden states from there on.
+    end: position behind the last one whose hidden state has come. starts: per cache, the first
+    position that its module has not seen. inputs: per cache, hidden states from there on.
     """
 
     end: int
@@ -70,6 +71,10 @@ class _Request:
     inputs: list[list[torch.Tensor]]
     num_tokens: int = 0
     expectations: Expectations = field(default_factory=Expectations)
+
+    def cache(self, level: int) -> int:
+        """The cache, from 0 on, that a level keeps its rows in."""
+        return min(level, len(self.starts) - 1)
 
 
 class _Draft:
@@ -120,16 +125,20 @@ class _Draft:
 
     def wants(self, level: int) -> bool:
         """Whether a level can be drafted: its committed rows must reach up to the nodes."""
-        newest = len(self.request.token_ids) - level - 1
-        allowed = level < self.request.max_depth and self.state.starts[level] <= newest
+        start = self.state.starts[self.state.cache(level)]
+        allowed = level < self.request.max_depth and start <= self._end(level)
         return allowed and bool(self.frontier)
+
+    def _end(self, level: int) -> int:
+        """The position behind the committed rows of a level."""
+        return len(self.request.token_ids) - self.state.cache(level) - 1
 
     def rows(self, level: int) -> RequestRows:
         """What the module of `level` is to run for this request."""
-        token_ids, start = self.request.token_ids, self.state.starts[level]
-        inputs = torch.cat(self.state.inputs[level])
-        num_known = len(token_ids) - level - 1 - start
-        known_tokens = token_ids[start + level + 1 :].tolist()
+        cache = self.state.cache(level)
+        start, inputs = self.state.starts[cache], torch.cat(self.state.inputs[cache])
+        num_known = self._end(level) - start
+        known_tokens = self.request.token_ids[start + cache + 1 :].tolist()
         row_of = {path: row for row, path in enumerate(self.nodes)}
         above = [self._above(path, inputs[num_known:]) for path in self.nodes]
         return RequestRows(
@@ -144,34 +153,36 @@ class _Draft:
 
     def _above(self, path: Path, inputs: torch.Tensor) -> torch.Tensor:
         """The hidden state that a node's row takes, [1, hidden_size]."""
-        if len(path) > 1 and self._chained:
+        if self._chained:
             return self._hidden_states[path[:-1]][None]
         return inputs[len(path) - 1 : len(path)]
 
     def advance(self, level: int, num_known: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Takes a level's hidden states, returns those of the frontier: [width, hidden_size]."""
-        state, next_level = self.state, level + 1
-        state.starts[level] += num_known
-        state.inputs[level] = [torch.cat(state.inputs[level])[num_known:].clone()]
-        if self._chained and next_level < len(state.inputs):
-            state.inputs[next_level].append(hidden_states[:num_known].clone())
-        self._hidden_states = dict(zip(self.nodes, hidden_states[num_known:], strict=True))
-        if not level:
-            return hidden_states[-1:]
+        state, cache = self.state, self.state.cache(level)
+        state.starts[cache] += num_known
+        state.inputs[cache] = [torch.cat(state.inputs[cache])[num_known:].clone()]
+        if self._chained and cache + 1 < len(state.inputs):
+            state.inputs[cache + 1].append(hidden_states[:num_known].clone())
+        root = hidden_states[num_known - 1] if num_known else self._hidden_states[()]
+        nodes = zip(self.nodes, hidden_states[num_known:], strict=True)
+        self._hidden_states = {(): root, **dict(nodes)}
         return torch.stack([self._hidden_states[path] for path in self.frontier])
 
     def branch(self, level: int, children: Sequence[dict[int, float]]) -> None:
-        """Takes what follows each node of the frontier, and picks the next one."""
+        """Takes what follows each node of the frontier, and picks the next one: below nodes that
+        have run, as n-grams may go on after others."""
         self._drafted.update(zip(self.frontier, children, strict=True))
-        depth, newest = level + 1, len(self.request.token_ids) - level - 2
-        room = min(self.request.num_slots - newest, MAX_NODES)
-        self.frontier, self.level_tokens, nodes = {}, 0.0, dict[Path, None]()
+        depth = level + 1
+        room = min(self.request.num_slots - self._end(depth), MAX_NODES)
+        before, nodes = self.frontier, dict[Path, None]()
+        self.frontier, self.level_tokens = {}, 0.0
         grown = self.grow(depth)
         for path, prob in zip(grown.paths(), grown.probs, strict=True):
             if len(path) < depth:
                 continue
             self.level_tokens += prob
-            if len(self.frontier) < MAX_FRONTIER:
+            if len(self.frontier) < MAX_FRONTIER and path[:-1] in before:
                 missing = [path[:d] for d in range(1, depth + 1) if path[:d] not in nodes]
                 if len(nodes) + len(missing) <= room:
                     self.frontier[path] = prob
@@ -198,8 +209,8 @@ class _Draft:
 class MtpProposer(Proposer):
     """Chains and trees of MTP modules, with n-gram matches where they are asked for.
 
-    path: of the heads checkpoint. model: what runs the modules; the engine sets it when it has
-    loaded the target.
+    path: of the heads checkpoint, None for the target's own modules. model: what runs the modules;
+    the engine sets it when it has loaded the target.
     """
 
     model: DraftModel
@@ -207,7 +218,7 @@ class MtpProposer(Proposer):
     def __init__(self, config: SpecPlusConfig) -> None:
         super().__init__(config)
         models = {spec.name: spec.model for spec in config.methods}
-        self.path = str(next(path for name, path in models.items() if name != "ngram"))
+        self.path = next(path for name, path in models.items() if name != "ngram")
         self._ngrams = NgramProposer(config) if "ngram" in models else None
         self._cells = SourceCells()
         self._gate = LevelGate(config.num_speculative_tokens)
@@ -223,13 +234,13 @@ class MtpProposer(Proposer):
         # Where a request starts behind cached blocks, the modules see the keys and values that an
         # earlier request left there. Those of the last positions may be of another continuation,
         # or may never have been written: drafts can be worse at the seam, the text cannot.
-        levels, state = self.model.num_levels, self._requests.get(req_id)
+        caches, state = self.model.num_caches, self._requests.get(req_id)
         if state is None or state.end != start:
-            state = _Request(start, [start] * levels, [[] for _ in range(levels)])
+            state = _Request(start, [start] * caches, [[] for _ in range(caches)])
             self._requests[req_id] = state
         state.end += len(hidden_states)
         kept = hidden_states.clone()
-        for inputs in state.inputs[: 1 if self._chained else levels]:
+        for inputs in state.inputs[: 1 if self._chained else caches]:
             inputs.append(kept)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
@@ -267,7 +278,7 @@ class MtpProposer(Proposer):
             draft.advance(level, each.num_known, hidden)
             for draft, each, hidden in zip(drafts, rows, hidden_states, strict=True)
         ]
-        children = iter(self.model.best_tokens(torch.cat(frontiers), NUM_CHILDREN))
+        children = iter(self.model.best_tokens(level, torch.cat(frontiers), NUM_CHILDREN))
         for draft, frontier in zip(drafts, frontiers, strict=True):
             draft.branch(level, [next(children) for _ in frontier])
         tokens = [draft.level_tokens for draft in drafts]

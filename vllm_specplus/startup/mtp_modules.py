@@ -1,9 +1,9 @@
 """`[mtp]` and `[mtp3]` without a path: has vLLM use the MTP modules that the target has.
 
 vLLM asks the draft's config for `num_nextn_predict_layers`, whatever the model calls its count, and
-with more tokens than modules it begins again with the first, over its KV. Here the config counts as
-many modules as the draft is deep, and our worker gives those that the checkpoint does not have the
-weights of the last one (`engine/drafters/modules.py`).
+with more tokens than modules it begins again with the first, over its KV; its V1 runner runs no
+other. Here the config counts as many modules as the draft is deep, and our worker gives those that
+the checkpoint does not have the weights of the last one (`engine/drafters/modules.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.mtp_models import NEXTN, find_mtp_model
-from vllm_specplus.startup.host import CPU_ENGINE, own_modules, tree_engine, wanted_engine
+from vllm_specplus.startup.host import own_modules, tree_engine
 
 logger = logging.getLogger("vllm.specplus")
 
@@ -26,6 +26,12 @@ def takes_own_modules(config: SpecPlusConfig) -> bool:
     return any(METHODS[spec.name].heads and spec.model is None for spec in config.methods)
 
 
+def runs_several(config: SpecPlusConfig, model: str) -> bool:
+    """Whether more than one of the modules of `model` draft."""
+    row, num_modules = own_modules(model)
+    return row is not None and row.chain(num_modules, config.num_speculative_tokens)[-1] > 1
+
+
 def modules_worker(config: SpecPlusConfig, model: str) -> str | None:
     """Says in the log which modules of `model` draft; the worker that a chain of them needs, None
     for vLLM's own."""
@@ -33,12 +39,9 @@ def modules_worker(config: SpecPlusConfig, model: str) -> str | None:
     row, num_modules = own_modules(model)
     assert row is not None
     chain = row.chain(num_modules, depth)
-    several, v1 = chain[-1] > 1, wanted_engine() is CPU_ENGINE
-    if v1:
-        chain = (1,) * depth
     fed = row.hidden_state_from or "previous"
     logger.info(
-        "%s: %s has %d MTP module%s; the %d drafts come from %s%s",
+        "%s: %s has %d MTP module%s; the %d drafts come from %s",
         config.speculative_model,
         row.name,
         num_modules,
@@ -48,9 +51,8 @@ def modules_worker(config: SpecPlusConfig, model: str) -> str | None:
         + {"previous": "the one before", "target": "the target"}[fed]
         if chain[-1] > 1
         else "module 1, unrolled",
-        " (vLLM's V1 runner runs no other)" if v1 and several else "",
     )
-    return tree_engine().modules_worker_cls if several and not v1 else None
+    return tree_engine().modules_worker_cls if chain[-1] > 1 else None
 
 
 @contextmanager
@@ -72,6 +74,16 @@ def counted_modules(engine_args: Any) -> Iterator[None]:
 
     with scoped(SpeculativeConfig, "compose_draft_hf_overrides", staticmethod(counted)):
         yield
+
+
+def modules_config(create: Callable[[], Any], engine_args: Any, depth: int) -> Any:
+    """The ModelConfig of the target's own modules, where they are not a drafter of vLLM's: `create`
+    makes the SpeculativeConfig of `engine_args`."""
+    from vllm_specplus.engine.compat import scoped
+
+    keys = {"method": METHODS["mtp"].native, "num_speculative_tokens": depth}
+    with scoped(engine_args, "speculative_config", keys), counted_modules(engine_args):
+        return create().draft_model_config
 
 
 def count_modules(override: Callable[[Any], Any], depth: int, hf_config: Any) -> Any:

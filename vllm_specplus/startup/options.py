@@ -34,7 +34,7 @@ from vllm_specplus.startup.host import (
     tree_engine,
     wanted_engine,
 )
-from vllm_specplus.startup.mtp_modules import modules_worker, takes_own_modules
+from vllm_specplus.startup.mtp_modules import modules_worker, runs_several, takes_own_modules
 
 Need = Literal["checks", "drafts", "trees"]
 """Groups of patches that translated arguments need; stock arguments and most chains need none."""
@@ -189,24 +189,23 @@ def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def _is_native(config: SpecPlusConfig, model: str) -> bool:
-    """Whether vLLM itself runs what is asked for: a chain, but of heads only on the V2 runner."""
+    """Whether vLLM itself runs what is asked for: a chain, but of heads and of several modules only
+    on the V2 runner."""
     if not isinstance(config.tree, Chain) or len(config.methods) > 1:
         return False
     (spec,) = config.methods
+    on_v1 = wanted_engine() is CPU_ENGINE
     if METHODS[spec.name].heads and spec.model is None:
-        return num_mtp_modules(model) > 0
+        return num_mtp_modules(model) > 0 and not (on_v1 and runs_several(config, model))
     if METHODS[spec.name].heads:
-        return wanted_engine() is not CPU_ENGINE
+        return not on_v1
     return METHODS[spec.name].native is not None
 
 
-def _check_heads(config: SpecPlusConfig, engine: Engine, model: str) -> None:
-    """Raises OptionError for MTP without heads on a model without modules of its own, and where
-    the engine does not grow trees of the model's own."""
+def _check_heads(config: SpecPlusConfig, model: str) -> None:
+    """Raises OptionError for MTP without heads on a model without modules of its own."""
     for spec in config.methods:
-        if not METHODS[spec.name].heads or spec.model is not None:
-            continue
-        if engine is CPU_ENGINE or not num_mtp_modules(model):
+        if METHODS[spec.name].heads and spec.model is None and not num_mtp_modules(model):
             raise bad_option(
                 "speculative_model",
                 config.speculative_model,
@@ -307,11 +306,12 @@ def _native_rule(verify: str) -> str:
 
 def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
     """Raises for what the engine does not have."""
-    _check_heads(config, engine, model)
+    _check_heads(config, model)
     chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
     trees = ", ".join(f"[{name}]" for name in engine.methods)
-    heads = [spec.model for spec in config.methods if METHODS[spec.name].heads and spec.model]
-    chain = isinstance(config.tree, Chain) and not heads
+    heads = [spec for spec in config.methods if METHODS[spec.name].heads]
+    grows = any(spec.model or engine is CPU_ENGINE for spec in heads)
+    chain = isinstance(config.tree, Chain) and not grows
     if chain or config.method not in engine.methods:
         raise not_built(
             "speculative_model",

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import wrapt
@@ -19,8 +20,8 @@ from vllm_specplus.config import SpecPlusConfig, Verify
 from vllm_specplus.core.width import MOST_REQS, describe, every_width
 from vllm_specplus.errors import NotBuiltError, SpecPlusError
 from vllm_specplus.startup import metrics
-from vllm_specplus.startup.host import V2_ENGINE, wanted_engine
-from vllm_specplus.startup.mtp_modules import counted_modules
+from vllm_specplus.startup.host import CPU_ENGINE, V2_ENGINE, wanted_engine
+from vllm_specplus.startup.mtp_modules import counted_modules, modules_config, takes_own_modules
 from vllm_specplus.startup.options import OPTIONS, fold, speaks_ours, translate, tree_options
 from vllm_specplus.startup.refusals import chain_refusals, tree_refusals
 
@@ -92,6 +93,9 @@ def _create_speculative_config(
         speculative = wrapped(*args, **kwargs)
     options = tree_options(engine_args.additional_config)
     if speculative is not None and options is not None:
+        if takes_own_modules(options) and wanted_engine() is CPU_ENGINE:
+            create, depth = partial(wrapped, *args, **kwargs), options.num_speculative_tokens
+            speculative.draft_model_config = modules_config(create, engine_args, depth)
         speculative.num_speculative_tokens = options.num_nodes
         speculative.specplus = True
         speculative.specplus_log_stats = not engine_args.disable_log_stats

@@ -40,13 +40,33 @@ PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 def tree_refusals(vllm_config: Any) -> list[str]:
     """One sentence for each reason why `vllm_config` (a VllmConfig) cannot run token trees."""
-    rules = (_model_refusals, _parallel_refusals, _cache_refusals, _engine_refusals)
+    rules = (
+        _model_refusals,
+        _parallel_refusals,
+        _cache_refusals,
+        _engine_refusals,
+        _modules_refusals,
+    )
+    what, instead = "speculative_tree", "speculative_tree='chain'"
+    if num_modules := _num_modules_on_v1(vllm_config):
+        what = "several MTP modules on vLLM's V1 runner"
+        instead = (
+            "vLLM's own chain of the first one, speculative_config={'method': 'mtp', "
+            f"'num_speculative_tokens': {num_modules}}}"
+        )
     return [
-        f"{field}={value!r} cannot be combined with speculative_tree: {reason}; {way_out} or use "
-        "speculative_tree='chain'."
+        f"{field}={value!r} cannot be combined with {what}: {reason}; {way_out} or use {instead}."
         for rule in rules
         for field, value, reason, way_out in rule(vllm_config)
     ]
+
+
+def _num_modules_on_v1(vllm_config: Any) -> int:
+    """How many modules the target has of its own, if several of them are drafted with there."""
+    options = vllm_config.speculative_config
+    draft = getattr(getattr(options, "draft_model_config", None), "hf_config", None)
+    on_v1 = not vllm_config.use_v2_model_runner
+    return getattr(draft, "specplus_num_modules", 0) if on_v1 else 0
 
 
 def chain_refusals(vllm_config: Any) -> list[str]:
@@ -146,6 +166,18 @@ def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
     elif platform.machine() not in SAMPLING_MACHINES:
         reason = "vLLM samples there in a way that trees are not built for"
         yield "machine", platform.machine(), reason, "run on x86-64 or Arm"
+
+
+def _modules_refusals(vllm_config: Any) -> Iterator[Finding]:
+    """What modules of the target's own cannot be combined with on the V1 runner, where each rank
+    decides by its own clock what is drafted."""
+    options, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    own = options is not None and options.draft_model_config is not options.target_model_config
+    if vllm_config.use_v2_model_runner or not own:
+        return
+    for field in ("tensor_parallel_size", "data_parallel_size"):
+        if (size := getattr(parallel, field)) > 1:
+            yield field, size, "the model's MTP modules draft on one rank there", "set it to 1"
 
 
 def v2_refusals(vllm_config: Any) -> Iterator[Finding]:

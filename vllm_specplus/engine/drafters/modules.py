@@ -1,4 +1,4 @@
-"""vLLM's chain of a target's own MTP modules, with all modules and the hidden states they expect.
+"""A target's own MTP modules, all of them, built and loaded as vLLM's draft model.
 
 A draft that is deeper than the checkpoint has modules goes on with the last one: 1, 2, 2 for three
 tokens of two modules. Every step has an attention layer of its own, so each has a KV cache of its
@@ -8,75 +8,85 @@ own; the layers that the checkpoint does not have take the last module's weights
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_specplus.core.mtp_models import MTP_MODELS, NEXTN
-from vllm_specplus.engine.compat import VllmConfig, scoped
-from vllm_specplus.engine.compat_v2 import (
-    GPUModelRunner,
-    MultiModuleMTPSpeculator,
+from vllm_specplus.core.mtp_models import MTP_MODELS, NEXTN, HiddenStateFrom
+from vllm_specplus.engine.compat import (
+    VllmConfig,
     base_loader,
     disable_mtp_completeness_check,
-    init_speculator,
     mimo_v2_mtp,
-    model_runner,
+    scoped,
 )
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class ModulesSpeculator(MultiModuleMTPSpeculator):
-    """vLLM's speculator for several MTP modules."""
+def has_several_modules(options: Any) -> bool:
+    """Whether a SpeculativeConfig is for several MTP modules of the target's own."""
+    draft = options.draft_model_config
+    return hasattr(getattr(draft, "hf_config", None), "specplus_num_modules")
 
-    def load_draft_model(self, *args: Any, **kwargs: Any) -> nn.Module:
-        config = self.draft_model_config.hf_config
-        row = MTP_MODELS[config.model_type]
-        self._from_target = row.hidden_state_from == "target"
-        self._step = 0
-        num_modules, num_layers = config.specplus_num_modules, config.n_predict
-        initialize_model, layers = base_loader.initialize_model, mimo_v2_mtp._MiMoV2MTPLayers
 
-        def mimo_v2_layers(**kwargs: Any) -> nn.Module:
-            """The class builds one layer, whatever its config counts (vLLM issue 52688)."""
-            return layers(**kwargs | {"num_mtp_layers": num_layers})
+def hidden_state_from(options: Any) -> HiddenStateFrom:
+    """Whose hidden state the modules after the first of a SpeculativeConfig read."""
+    if not has_several_modules(options):
+        return "previous"
+    row = MTP_MODELS[options.draft_model_config.hf_config.model_type]
+    return row.hidden_state_from or "previous"
 
-        def initialize(vllm_config: VllmConfig, **kwargs: Any) -> nn.Module:
-            with (
-                counting(vllm_config.model_config, {NEXTN, row.field}, num_layers),
-                scoped(mimo_v2_mtp, "_MiMoV2MTPLayers", mimo_v2_layers),
-            ):
-                model = initialize_model(vllm_config=vllm_config, **kwargs)
-            if isinstance(model.model, mimo_v2_mtp.MiMoV2MultiTokenPredictor):
-                model.model.num_mtp_layers = num_layers
-            repeat_last_module(model, num_modules, num_layers)
-            return model
 
-        with scoped(base_loader, "initialize_model", initialize):
-            model = super().load_draft_model(*args, **kwargs)
-        for module in model.modules():  # compiled code would keep the first step's module
-            if hasattr(module, "do_not_compile"):
-                module.do_not_compile = True
-        if "spec_step_idx" not in inspect.signature(type(model).forward).parameters:
-            self._hand_on_the_step(model.model)
+def load_modules(load: Callable[[], nn.Module], options: Any) -> Any:
+    """What `load` loads of a SpeculativeConfig: if for several modules, with as many layers as the
+    draft is deep. Its attribute `spec_step` is the step that it runs next."""
+    several = has_several_modules(options)
+    with all_modules(options) if several else nullcontext():
+        model: Any = load()
+    compiled: list[Any] = [part for part in model.modules() if hasattr(part, "do_not_compile")]
+    for part in compiled:
+        part.do_not_compile = True  # compiled code would keep the first step's module
+    model.spec_step = 0
+    if several and "spec_step_idx" not in inspect.signature(type(model).forward).parameters:
+        hand_on_the_step(model, model.model)
+    return model
+
+
+@contextmanager
+def all_modules(options: Any) -> Iterator[None]:
+    """While several modules of a SpeculativeConfig are loaded."""
+    config = options.draft_model_config.hf_config
+    field = MTP_MODELS[config.model_type].field
+    num_modules, num_layers = config.specplus_num_modules, config.n_predict
+    initialize_model, layers = base_loader.initialize_model, mimo_v2_mtp._MiMoV2MTPLayers
+
+    def mimo_v2_layers(**kwargs: Any) -> nn.Module:
+        """The class builds one layer, whatever its config counts (vLLM issue 52688)."""
+        return layers(**kwargs | {"num_mtp_layers": num_layers})
+
+    def initialize(vllm_config: VllmConfig, **kwargs: Any) -> nn.Module:
+        with (
+            counting(vllm_config.model_config, {NEXTN, field}, num_layers),
+            scoped(mimo_v2_mtp, "_MiMoV2MTPLayers", mimo_v2_layers),
+        ):
+            model = initialize_model(vllm_config=vllm_config, **kwargs)
+        if isinstance(model.model, mimo_v2_mtp.MiMoV2MultiTokenPredictor):
+            model.model.num_mtp_layers = num_layers
+        repeat_last_module(model, num_modules, num_layers)
         return model
 
-    def _hand_on_the_step(self, inner: nn.Module) -> None:
-        """For classes whose inner model chooses by a step that the outer one does not hand on."""
-        forward = inner.forward
-        inner.forward = lambda *args, **kwargs: forward(*args, **kwargs, spec_step_idx=self._step)
+    with scoped(base_loader, "initialize_model", initialize):
+        yield
 
-    def _run_model(
-        self, *args: Any, spec_module_idx: int, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(last hidden states to choose tokens from, hidden states for the next module)."""
-        self._step = spec_module_idx
-        last, hidden_states = super()._run_model(*args, spec_module_idx=spec_module_idx, **kwargs)
-        return last, self.hidden_states[: len(last)] if self._from_target else hidden_states
+
+def hand_on_the_step(model: Any, inner: Any) -> None:
+    """For classes whose inner model chooses by a step that the outer one does not hand on."""
+    forward = inner.forward
+    inner.forward = lambda *args, **kwargs: forward(*args, **kwargs, spec_step_idx=model.spec_step)
 
 
 @contextmanager
@@ -109,24 +119,3 @@ def repeat_last_module(model: Any, num_modules: int, num_layers: int) -> None:
         return loaded | {name for name, part in model.named_parameters() if id(part) in repeated}
 
     model.load_weights = load
-
-
-def has_several_modules(options: Any) -> bool:
-    """Whether a SpeculativeConfig is for several MTP modules of the target's own."""
-    draft = options.draft_model_config
-    return hasattr(getattr(draft, "hf_config", None), "specplus_num_modules")
-
-
-def init_chain(vllm_config: VllmConfig, *args: Any) -> Any:
-    """vLLM's `init_speculator`, but for several MTP modules of the target's own."""
-    if has_several_modules(vllm_config.speculative_config):
-        return ModulesSpeculator(vllm_config, args[0])
-    return init_speculator(vllm_config, *args)
-
-
-class ModulesRunner(GPUModelRunner):
-    """vLLM's V2 runner with `ModulesSpeculator`."""
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        with scoped(model_runner, "init_speculator", init_chain):
-            super().__init__(vllm_config, device)

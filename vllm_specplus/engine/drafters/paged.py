@@ -1,0 +1,100 @@
+"""Levels of a draft over vLLM's paged KV cache, on the CPU engine.
+
+A draft model's attention layers are vLLM's own, so that their keys and values lie in blocks of the
+target's block tables and are cached, freed and preempted with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specplus.engine.attention import TreeRows
+from vllm_specplus.engine.compat import VllmConfig
+from vllm_specplus.engine.compat_cpu import set_forward_context
+from vllm_specplus.proposers.levels import RequestRows
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """The rows of a level in one KV cache group, in the place of vLLM's attention metadata.
+
+    tree: what each row attends to. slot_mapping: int64 [num_rows], where its keys and values go.
+    """
+
+    tree: TreeRows
+    slot_mapping: torch.Tensor
+
+
+def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
+    """The rows of a level over a block table of the runner's."""
+    windows = [(rows.index, window) for rows in requests for window in rows.windows()]
+    lengths = [len(window.masks) for _, window in windows]
+    owners = torch.arange(len(windows)).repeat_interleave(torch.tensor(lengths))
+    masks = np.array([mask for _, window in windows for mask in window.masks], np.uint64)
+    tree = TreeRows(
+        block_table=block_table.block_table.cpu[[index for index, _ in windows]],
+        query_start_loc=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        requests=None,
+        covers_all=True,
+        ancestor_mask=torch.from_numpy(masks.view(np.int64))[:, None],
+        positions=torch.cat([rows.positions() for rows in requests]),
+        context_lens=torch.tensor([w.context_len for _, w in windows], dtype=torch.int32),
+    )
+    rows = torch.arange(len(owners))
+    slots = rows - tree.query_start_loc[owners] + tree.context_lens[owners]
+    size = block_table.block_size
+    blocks = tree.block_table[owners, slots // size].long()
+    return PagedRows(tree, blocks * size + slots % size)
+
+
+class PagedLayers:
+    """A draft model's attention layers, and the runner's block tables of their KV cache groups."""
+
+    def __init__(self, layers: Sequence[Any], vllm_config: VllmConfig) -> None:
+        self.layers = layers
+        self._vllm_config = vllm_config
+        self._block_tables: dict[str, Any] = {}
+
+    def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
+        """Tells the runner's block table of a KV cache group."""
+        own = {layer.layer_name for layer in self.layers}.intersection(layer_names)
+        self._block_tables |= dict.fromkeys(own, block_table)
+
+    def num_slots(self, index: int) -> int:
+        """KV slots of row `index` of the batch in all of the layers."""
+        tables = self._block_tables.values()
+        return min(int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
+
+    @contextmanager
+    def running(self, requests: Sequence[RequestRows]) -> Iterator[None]:
+        """Inside, the layers attend for the rows of a level."""
+        tables = {id(table): table for table in self._block_tables.values()}
+        built = {key: paged_rows(requests, table) for key, table in tables.items()}
+        rows = {name: built[id(table)] for name, table in self._block_tables.items()}
+        slots = {name: paged.slot_mapping for name, paged in rows.items()}
+        num_rows = sum(map(len, requests))
+        with set_forward_context(rows, self._vllm_config, num_rows, slot_mapping=slots):
+            yield
+
+
+def likeliest(
+    logits: torch.Tensor, num: int, vocab: torch.Tensor | None = None
+) -> list[dict[int, float]]:
+    """Per row of `logits`, [num_rows, num_tokens], the `num` likeliest tokens and what they are
+    likely, in (0, 1]; `vocab`: the ids of the tokens, if they are not all."""
+    logits = logits.float()
+    best, index = logits.topk(min(num, logits.shape[1]))
+    weights = torch.exp(logits - best[:, :1])
+    probs = torch.exp(best - best[:, :1]) / weights.sum(1, keepdim=True)
+    tokens = index if vocab is None else vocab[index]
+    return [
+        {token: prob for token, prob in zip(*row, strict=True) if prob > 0}
+        for row in zip(tokens.tolist(), probs.tolist(), strict=True)
+    ]
