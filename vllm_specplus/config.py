@@ -300,6 +300,8 @@ class SpecPlusConfig(BaseModel):
         "at which batch size follows from them (default: measured at start-up)",
     )
 
+    revision: str | None = Field(default=None, description="that of heads on the Hugging Face hub")
+
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SpecPlusConfig:
         """Validates fields by name; raises OptionError for the first that is wrong."""

@@ -132,9 +132,11 @@ def test_heads_go_to_our_engine(method: str, tree: str, model: str, tmp_path: Pa
         speculative_model=f"[{method}]{tmp_path}",
         num_speculative_tokens=3,
         speculative_tree=tree,
+        speculative_config={"revision": "v1"},
     )
     config = SpecPlusConfig.model_validate(arguments.additional_config["specplus"])
     assert (config.method, config.num_speculative_tokens) == (method, 3)
+    assert config.revision == "v1"
     assert str(config.tree) == tree
 
 

@@ -66,7 +66,7 @@ class TreeDrafter:
             depth = self.round.max_depth
             proposer.model = self.modules = PagedModules(target_model, config, depth)
         else:
-            checkpoint = load_heads(proposer.path)
+            checkpoint = load_heads(proposer.path, proposer.config.revision)
             num_levels = proposer.num_levels(checkpoint.config.num_modules)
             heads = PagedHeads(checkpoint, target_model, config, num_levels)
             proposer.model = self.modules = heads

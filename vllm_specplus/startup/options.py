@@ -145,7 +145,8 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     model = str(result.get("model"))
     config, others = read(_with_depth(result["speculative_config"], model))
     if _is_native(config, model):
-        result["speculative_config"] = native_config(config, config.methods[0]) | others
+        native = native_config(config, config.methods[0], others.get("revision"))
+        result["speculative_config"] = native | others
         heads = isinstance(config.methods[0].model, str) and METHODS[config.method].heads
         worker_cls = modules_worker(config, model) if takes_own_modules(config) else None
         checked = config.verify != "auto" or heads or worker_cls is not None
@@ -161,11 +162,14 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
     trunks = [spec for spec in config.methods if spec.name != "ngram"]
     if trunks and engine is not CPU_ENGINE:
-        chain = native_config(config.model_copy(update={"verify": "auto"}), trunks[0])
+        auto = config.model_copy(update={"verify": "auto"})
+        chain = native_config(auto, trunks[0], others.get("revision"))
         if config.verify in DRAWN_RULES:
             chain["draft_sample_method"] = "probabilistic"
         result["speculative_config"] = chain | others | widths
     else:
+        if any(METHODS[spec.name].heads and spec.model for spec in trunks):
+            config = config.model_copy(update={"revision": others.pop("revision", None)})
         _check_alone(others)
         result["speculative_config"] = widths | {
             "method": engine.method,
@@ -273,8 +277,8 @@ def _local_path(model: Any) -> Any:
     return str(path) if model.startswith("~") else model
 
 
-def native_config(config: SpecPlusConfig, spec: MethodSpec) -> dict[str, Any]:
-    """vLLM's own speculative_config for a chain of one of its methods."""
+def native_config(config: SpecPlusConfig, spec: MethodSpec, revision: str | None) -> dict[str, Any]:
+    """vLLM's own speculative_config for a chain of one of its methods; `revision` of a model."""
     own = METHODS[spec.name]
     native: dict[str, Any] = {
         "method": METHODS["mtp"].native if own.heads else own.native,
@@ -283,7 +287,7 @@ def native_config(config: SpecPlusConfig, spec: MethodSpec) -> dict[str, Any]:
     if spec.model is not None:
         native["model"] = spec.model
         if own.heads:
-            check_loads(spec.model)
+            check_loads(spec.model, revision)
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
         if spec.name == "ngram" and f"ngram_{key}" in config.model_fields_set:
             native[key] = getattr(config, f"ngram_{key}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,6 +53,17 @@ def test_what_is_written_comes_back(tmp_path: Path, tied: bool, dtype: torch.dty
         assert module.keys() == expected.keys()
         assert all(torch.equal(module[name], tensor) for name, tensor in expected.items())
         assert {tensor.dtype for tensor in module.values()} == {dtype}
+
+
+def test_a_revision_of_the_hub_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = tmp_path / "models--org--heads"
+    for commit, ref, target in (("1" * 40, "main", "new"), ("2" * 40, "v1", "old")):
+        save_heads(repo / "snapshots" / commit, about := config(target=target), modules(about))
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load_heads("org/heads").config.target == "new"
+    assert load_heads("org/heads", "v1").config.target == "old"
 
 
 def test_int8_is_half_a_step_near(tmp_path: Path) -> None:

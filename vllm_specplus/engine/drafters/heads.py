@@ -41,7 +41,8 @@ class SpecPlusMTP(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         options, target = vllm_config.speculative_config, vllm_config.model_config
-        self.checkpoint = checkpoint = load_heads(options.draft_model_config.model)
+        draft = options.draft_model_config
+        self.checkpoint = checkpoint = load_heads(draft.model, draft.revision)
         self.config = checkpoint.config
         check_fits(checkpoint, target.get_hidden_size(), target.get_vocab_size())
         self.vocab_size = target.get_vocab_size()

@@ -126,14 +126,14 @@ class HeadsCheckpoint:
         }
 
 
-def load_heads(path: str | os.PathLike[str]) -> HeadsCheckpoint:
+def load_heads(path: str | os.PathLike[str], revision: str | None = None) -> HeadsCheckpoint:
     """Reads heads, also in the format of the `speculators` library, and checks every tensor.
 
-    path: a folder, or an id on the Hugging Face hub. Raises OptionError: what is missing, corrupted
-    or does not fit config.json.
+    path: a folder, or an id on the Hugging Face hub. revision: branch, tag or commit there. Raises
+    OptionError: what is missing, corrupted or does not fit config.json.
     """
     name = os.fspath(path)
-    folder = _folder(name)
+    folder = _folder(name, revision)
     fields = _read_config(folder / CONFIG, name)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -215,14 +215,14 @@ def embedding_sha256(embedding: Tensor) -> str:
     return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         reason = f"is no folder, and the hub has no such heads ({type(error).__name__})"
         raise bad_option("heads", name, reason, _WAY_OUT) from None

@@ -39,9 +39,9 @@ class HeadsModelConfig(PretrainedConfig):
 AutoConfig.register(HeadsModelConfig.model_type, HeadsModelConfig, exist_ok=True)
 
 
-def check_loads(path: str) -> None:
+def check_loads(path: str, revision: str | None = None) -> None:
     """Raises OptionError for heads that cannot be loaded or that vLLM would not know for heads."""
-    if load_heads(path).config.vocab_size is None:
+    if load_heads(path, revision).config.vocab_size is None:
         raise bad_option(
             "heads",
             path,
