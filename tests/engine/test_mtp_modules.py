@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from vllm import SamplingParams
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import MLAAttention
 
 from tests.engine.drafters import drafter_path
 from tests.engine.engines import Engine, Request, get_engine, reference
@@ -24,7 +25,8 @@ from tests.engine.features import assert_equal
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_mtp import PROB_TOLERANCE, watch_drafts
 from vllm_specplus.engine.drafters import paged
-from vllm_specplus.engine.drafters.modules_v1 import PagedModules
+from vllm_specplus.engine.drafters.modules_v1 import PagedModules, attends
+from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.proposers import levels, mtp
 from vllm_specplus.proposers.mtp import NUM_CHILDREN
 
@@ -91,6 +93,12 @@ def test_preemption_and_the_prefix_cache() -> None:
     assert output.num_cached_tokens > 0
 
 
+def test_modules_of_other_attention_are_refused() -> None:
+    with pytest.raises(NotBuiltError, match="have MLAAttention, and on vLLM's V1 runner"):
+        attends(MLAAttention.__new__(MLAAttention))
+    assert not attends(torch.nn.Linear(1, 1))
+
+
 @contextmanager
 def dense(model: PagedModules) -> Iterator[None]:
     """Has the modules' attention see the rows of one call, all of them, and no KV cache."""
@@ -128,12 +136,7 @@ def expected_drafts(
     for step in range(level + 1):
         shift = 1 + step * several
         inputs = torch.tensor(tokens[shift : shift + len(hidden)])
-        out = model._model(
-            input_ids=inputs,
-            positions=torch.arange(len(inputs)),
-            hidden_states=hidden,
-            **model._step(step),
-        )
+        out = model._run(step, inputs, torch.arange(len(inputs)), hidden)
         if several:
             hidden = states if convention == "target" else out
         else:

@@ -36,11 +36,10 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingMetadata,
     SamplingType,
 )
-from vllm_specplus.engine.drafters.modules_v1 import PagedModules
-from vllm_specplus.engine.drafters.mtp import PagedHeads
+from vllm_specplus.engine.drafters.mtp import load_draft_model
+from vllm_specplus.engine.drafters.paged import PagedLayers
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
-from vllm_specplus.proposers.heads.checkpoint import load_heads
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.round import Moves, SpecRound, Staged
 
@@ -54,22 +53,15 @@ class TreeDrafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = vllm_config.additional_config["specplus"]
         self.round = SpecRound(SpecPlusConfig.model_validate(options))
-        self.modules: PagedHeads | PagedModules | None = None
+        self.modules: PagedLayers | None = None
         self._vllm_config = vllm_config
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Loads the proposer's MTP modules, if it has some."""
-        proposer, config = self.round.proposer, self._vllm_config
-        if not isinstance(proposer, MtpProposer):
-            return
-        if proposer.path is None:
-            depth = self.round.max_depth
-            proposer.model = self.modules = PagedModules(target_model, config, depth)
-        else:
-            checkpoint = load_heads(proposer.path, proposer.config.revision)
-            num_levels = proposer.num_levels(checkpoint.config.num_modules)
-            heads = PagedHeads(checkpoint, target_model, config, num_levels)
-            proposer.model = self.modules = heads
+        proposer = self.round.proposer
+        if isinstance(proposer, MtpProposer):
+            modules = load_draft_model(proposer, target_model, self._vllm_config)
+            proposer.model = self.modules = modules
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")

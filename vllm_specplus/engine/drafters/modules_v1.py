@@ -3,15 +3,21 @@ engine."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from vllm_specplus.engine.attention import TreeRowsMixin
 from vllm_specplus.engine.compat import Attention, VllmConfig
-from vllm_specplus.engine.compat_cpu import AttentionLayerBase, load_eagle_model
+from vllm_specplus.engine.compat_cpu import (
+    AttentionLayerBase,
+    load_eagle_model,
+    set_forward_context,
+)
 from vllm_specplus.engine.drafters.modules import (
     has_several_modules,
     hidden_state_from,
@@ -38,19 +44,41 @@ class PagedModules(PagedLayers):
         self.hidden_state_from = hidden_state_from(options)
         own = [layer for name, layer in layers.items() if name not in targets]
         super().__init__([layer for layer in own if attends(layer)], vllm_config)
+        if not vllm_config.model_config.enforce_eager:
+            self._warm_up(vllm_config.model_config)
+
+    @torch.inference_mode()
+    def _warm_up(self, config: Any) -> None:
+        """Has vLLM compile the modules' operations now: a level must not seem to take that long.
+
+        One row is compiled apart, the second of more than one for all numbers.
+        """
+        gc.collect()  # what now is the target's: it cannot be freed while vLLM compiles
+        for level, num_rows in product(range(self.num_caches), (1, 2, 3)):
+            rows = torch.arange(num_rows)
+            hidden_states = torch.zeros(num_rows, config.get_hidden_size(), dtype=config.dtype)
+            with set_forward_context(None, self._vllm_config, num_rows):
+                self._run(level, rows, rows, hidden_states)
 
     def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
         """See `DraftModel`."""
-        self._model.spec_step = level
         tokens = torch.tensor([token for rows in requests for token in rows.tokens])
+        positions = torch.cat([rows.positions() for rows in requests])
         with self.running(requests):
-            hidden_states: torch.Tensor = self._model(
-                input_ids=tokens,
-                positions=torch.cat([rows.positions() for rows in requests]),
-                hidden_states=torch.cat([rows.hidden_states for rows in requests]),
-                **self._step(level),
-            )
-        return hidden_states
+            above = torch.cat([rows.hidden_states for rows in requests])
+            return self._run(level, tokens, positions, above)
+
+    def _run(
+        self, level: int, tokens: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        self._model.spec_step = level
+        hidden: torch.Tensor = self._model(
+            input_ids=tokens,
+            positions=positions,
+            hidden_states=hidden_states,
+            **self._step(level),
+        )
+        return hidden
 
     def best_tokens(
         self, level: int, hidden_states: torch.Tensor, num: int

@@ -20,10 +20,24 @@ from vllm_specplus.engine.compat import (
 )
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
 from vllm_specplus.engine.drafters.heads import warn_of_another_target
+from vllm_specplus.engine.drafters.modules_v1 import PagedModules
 from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
-from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits, load_heads
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.levels import RequestRows
+from vllm_specplus.proposers.mtp import MtpProposer
+
+
+def load_draft_model(
+    proposer: MtpProposer, target: Any, vllm_config: VllmConfig
+) -> PagedHeads | PagedModules:
+    """What runs the proposer's levels: its heads, or the target's own modules."""
+    config = proposer.config
+    if proposer.path is None:
+        return PagedModules(target, vllm_config, config.num_speculative_tokens)
+    checkpoint = load_heads(proposer.path, config.revision)
+    num_levels = proposer.num_levels(checkpoint.config.num_modules)
+    return PagedHeads(checkpoint, target, vllm_config, num_levels)
 
 
 class PagedHeads(PagedLayers):
