@@ -1,73 +1,103 @@
 """Which levels are worth their time.
 
-Sabotages that were caught: the row's cost left out, closed levels that stay closed, an outlier
-that is not clipped, a share that counts what other sources knew.
+Sabotages that were caught: the row's cost left out, closed levels that stay closed, trials that
+count no missed rows, missed rows that are not written off, times of prompts that are learned, a
+share that counts what other sources knew.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from vllm_specplus.core.cost import CostModel
 from vllm_specplus.proposers.level_gate import LevelGate, Prospect
 
+ONE = Prospect(known=0.0, most=1.0, min_prob=0.1, token_ms=10.0, num_known=1, num_nodes=0)
+"""A token is worth 10 ms, and a row of the target takes the worth of 0.1 tokens."""
 
-def prospect(known: float = 0.0, most: float = 1.0, min_prob: float = 0.1, ms: float = 10.0):
-    return Prospect(known, most, min_prob, ms)
 
-
-def settled(share: float, ms: float) -> LevelGate:
-    """A gate that has seen levels of one request bring `share` of what they could, in `ms`."""
-    gate = LevelGate(1)
-    for _ in range(200):
-        gate.observe(0, [prospect()], [share], ms)
+def priced(ms: float, row_ms: float = 0.0) -> LevelGate:
+    """A gate of a level that takes `ms`, and `row_ms` for each row beyond the first."""
+    gate = LevelGate(2)
+    gate.cost = CostModel({1: ms, 101: ms + 100 * row_ms})
     return gate
 
 
+def settled(share: float, ms: float, row_ms: float = 0.0) -> LevelGate:
+    """One that has seen levels of one request bring `share` of what they could."""
+    gate = priced(ms, row_ms)
+    for _ in range(200):
+        gate.observe(0, [ONE], [share], ms)
+    return gate
+
+
+def wait(gate: LevelGate, prospect: Prospect = ONE) -> int:
+    """Steps until a level opens."""
+    return next(n for n in range(5000) if gate.opens(0, [prospect]))
+
+
 def test_a_level_opens_while_its_time_is_unknown() -> None:
-    assert LevelGate(2).opens(1, [prospect()])
+    assert LevelGate(2).opens(1, [ONE])
 
 
 @pytest.mark.parametrize(
     ("share", "ms", "opens"), [(0.5, 3.9, True), (0.5, 4.1, False), (0.1, 0.5, False)]
 )
 def test_a_level_opens_if_its_tokens_are_worth_more_than_its_time(share, ms, opens) -> None:
-    """A token is worth 10 ms, and a row takes the worth of 0.1 tokens."""
-    assert settled(share, ms).opens(0, [prospect()]) is opens
+    assert settled(share, ms).opens(0, [ONE]) is opens
 
 
 def test_what_other_sources_know_is_not_worth_drafting() -> None:
     gate = settled(0.5, 2.0)
-    assert gate.opens(0, [prospect(known=0.2)])
-    assert not gate.opens(0, [prospect(known=0.5)])
+    assert gate.opens(0, [replace(ONE, known=0.2)])
+    assert not gate.opens(0, [replace(ONE, known=0.5)])
     for _ in range(200):
-        gate.observe(0, [prospect(known=0.5)], [0.5], 2.0)
-    assert not gate.opens(0, [prospect()])
+        gate.observe(0, [replace(ONE, known=0.5)], [0.5], 2.0)
+    assert not gate.opens(0, [ONE])
 
 
 def test_requests_add_up() -> None:
-    gate = LevelGate(1)
-    for _ in range(200):
-        gate.observe(0, [prospect()] * 3, [0.4] * 3, 8.0)
-    assert gate.opens(0, [prospect()] * 3)
-    assert not gate.opens(0, [prospect(), prospect(), prospect(most=0.2)])
+    gate = settled(0.4, 8.0)
+    assert gate.opens(0, [ONE] * 3)
+    assert not gate.opens(0, [ONE, ONE, replace(ONE, most=0.2)])
 
 
-def test_a_closed_level_is_tried_again_sooner_where_it_nearly_pays() -> None:
-    def wait(ms: float) -> int:
-        gate = settled(0.3, ms)
-        return next(n for n in range(1000) if gate.opens(0, [prospect()]))
+def test_a_closed_level_is_tried_again_for_a_hundredth_of_the_time() -> None:
+    """A step of one request takes as long as its token is worth, 10 ms."""
+    assert wait(settled(0.1, 5.0)) == pytest.approx(50, abs=2)
+    assert wait(settled(0.1, 10.0)) == pytest.approx(100, abs=2)
 
-    assert 1 < wait(2.5) < wait(5.0) < 150
+
+def test_a_trial_pays_for_all_rows_that_were_missed() -> None:
+    late = replace(ONE, num_known=101)
+    assert wait(settled(0.1, 5.0, row_ms=0.1), late) == pytest.approx(150, abs=2)
+
+
+def test_missed_rows_are_written_off_over_many_steps() -> None:
+    """320 rows beyond the first take 6.4 ms, which is 0.2 ms for each of 32 steps."""
+    late = replace(ONE, num_known=321)
+    assert settled(0.5, 3.7, row_ms=0.02).opens(0, [late])
+    assert not settled(0.5, 3.9, row_ms=0.02).opens(0, [late])
+
+
+def test_a_level_that_pays_again_stays_open_after_few_trials() -> None:
+    gate = settled(0.1, 5.0)
+    for _ in range(4):
+        wait(gate)
+        gate.observe(0, [ONE], [0.9], 5.0)
+    assert all(gate.opens(0, [ONE]) for _ in range(3))
 
 
 def test_an_outlier_does_not_close_a_level() -> None:
     gate = settled(0.5, 2.0)
-    gate.observe(0, [prospect()], [0.5], 1000.0)
-    assert gate.opens(0, [prospect()])
+    gate.observe(0, [ONE], [0.5], 1000.0)
+    assert gate.opens(0, [ONE])
 
 
-def test_an_untypical_time_is_not_learned() -> None:
+def test_the_time_of_a_prompt_is_not_learned() -> None:
     gate = settled(0.5, 2.0)
-    for _ in range(200):
-        gate.observe(0, [prospect()], [0.5], None)
-    assert gate.opens(0, [prospect()])
+    for _ in range(50):
+        gate.observe(0, [replace(ONE, num_known=300)], [0.5], 100.0)
+    assert gate.opens(0, [ONE])

@@ -31,7 +31,7 @@ class CostModel:
         self._fixed, self._slope = 1.0, 1.0
         self._moments = np.zeros((2, 3))
 
-    def step_ms(self, rows: np.ndarray | int) -> np.ndarray:
+    def step_ms(self, rows: np.ndarray | float) -> np.ndarray:
         """ms of steps with so many rows, `spec_ms` left out: float64, the shape of `rows`."""
         row_ms = np.interp(rows, self._rows, self._row_ms)
         return self._fixed * self._fixed_ms + self._slope * row_ms

@@ -124,6 +124,13 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
         )
 
+    @torch.inference_mode()
+    def measure_level_costs(self) -> None:
+        """The same for a level of drafts, where there are some."""
+        if isinstance(proposer := self.round.proposer, MtpProposer):
+            size = self.model_config.get_hidden_size()
+            proposer.measure_levels(torch.zeros(64, size, dtype=self.model_config.dtype))
+
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()
         hidden_states, _ = self._dummy_run(rows)

@@ -22,5 +22,6 @@ class SpecPlusCPUWorker(CountingWorker, CPUWorker):
         runner = self.model_runner
         if runner.round.budget.cost is None:
             runner.measure_step_costs()
+        runner.measure_level_costs()
         self.count_rounds(runner.round.stats, fallback, (runner, "propose_draft_token_ids"))
         return times

@@ -5,59 +5,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_START, _CURIOSITY, _SMOOTHING, _OUTLIER = 0.7, 1.01, 0.1, 2.0
+from vllm_specplus.core.cost import CostModel
+
+MAX_TIMED_ROWS = 16
+"""Levels with more committed rows a request catch up with a prompt or with undrafted text; what
+that takes says nothing of the next level."""
+_START, _SMOOTHING, _TRIED_SMOOTHING = 0.7, 0.1, 0.3
+_TRIALS = 0.01
+"""The part of the time that closed levels are tried again for."""
+_CATCH_UP_STEPS = 32
+"""Over how many steps of a request the rows that its level has missed are written off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a level may bring one request, in expected tokens.
+    """What a level may bring one request, in expected tokens, and the rows that it would run.
 
     known: without drafting it (other sources' candidates). most: if every draft were right.
-    min_prob, token_ms: of its DraftRequest.
+    min_prob, token_ms: of its DraftRequest. num_known, num_nodes: as in RequestRows.
     """
 
     known: float
     most: float
     min_prob: float
     token_ms: float
+    num_known: int
+    num_nodes: int
 
     def worth_ms(self, share: float) -> float:
         """Milliseconds saved if the level brings `share` of what it could."""
         gain = share * (self.most - self.known) - self.min_prob
         return gain * self.token_ms if gain > 0 else 0.0
 
+    def num_rows(self, steps: int) -> float:
+        """Rows of this step, where missed ones are written off over so many."""
+        return min(self.num_known, 1) + self.num_nodes + max(self.num_known - 1, 0) / steps
+
 
 class LevelGate:
     """Opens a level if the tokens that it brought so far were worth more than its time.
 
-    A level that stays closed is thought a little better of every time, so it is tried again: often
-    where it nearly pays, seldom where it does not.
+    cost: milliseconds of a level by its rows; levels are free until the engine has measured it. A
+    closed level is tried again once it has saved `_TRIALS` of the time that it takes, rows that it
+    has missed included, so trials cost no more than that.
     """
 
     def __init__(self, num_levels: int) -> None:
+        self.cost: CostModel | None = None
         self._shares = [_START] * num_levels
-        self._ms: dict[int, float] = {}
+        self._saved_ms = [0.0] * num_levels
+        self._tried = False
 
     def opens(self, level: int, prospects: Sequence[Prospect]) -> bool:
-        share = self._shares[level]
-        ms = self._ms.get(len(prospects), 0.0)
-        if sum(prospect.worth_ms(share) for prospect in prospects) >= ms:
+        worth = sum(prospect.worth_ms(self._shares[level]) for prospect in prospects)
+        self._tried = False
+        if worth >= self._ms(prospects, _CATCH_UP_STEPS):
             return True
-        self._shares[level] = min(share * _CURIOSITY, 1.0)
-        return False
+        self._saved_ms[level] += _TRIALS * sum(prospect.token_ms for prospect in prospects)
+        self._tried = self._saved_ms[level] >= self._ms(prospects, 1)
+        if self._tried:
+            self._saved_ms[level] = 0.0
+        return self._tried
 
     def observe(
-        self, level: int, prospects: Sequence[Prospect], tokens: Sequence[float], ms: float | None
+        self, level: int, prospects: Sequence[Prospect], tokens: Sequence[float], ms: float
     ) -> None:
-        """A level was drafted in `ms` and brought so many expected tokens per request.
-
-        ms: None where it is not typical.
-        """
-        if ms is not None:
-            before = self._ms.setdefault(len(prospects), ms)
-            self._ms[len(prospects)] += _SMOOTHING * (min(ms, _OUTLIER * before) - before)
+        """A level was drafted in `ms` and brought so many expected tokens per request."""
+        typical = all(prospect.num_known <= MAX_TIMED_ROWS for prospect in prospects)
+        if self.cost is not None and typical:
+            self.cost.observe(round(sum(p.num_rows(1) for p in prospects)), ms)
         room = sum(prospect.most - prospect.known for prospect in prospects)
         if room > 0:
             known = sum(prospect.known for prospect in prospects)
             share = min(max(sum(tokens) - known, 0.0) / room, 1.0)
-            self._shares[level] += _SMOOTHING * (share - self._shares[level])
+            smoothing = _TRIED_SMOOTHING if self._tried else _SMOOTHING
+            self._shares[level] += smoothing * (share - self._shares[level])
+
+    def _ms(self, prospects: Sequence[Prospect], steps: int) -> float:
+        if self.cost is None:
+            return 0.0
+        return float(self.cost.step_ms(sum(prospect.num_rows(steps) for prospect in prospects)))

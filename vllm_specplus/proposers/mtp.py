@@ -24,6 +24,7 @@ from math import exp, log, log2
 import torch
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
@@ -36,9 +37,6 @@ NUM_CHILDREN = 8
 """Candidates after a node."""
 MAX_FRONTIER = 8
 """Nodes of a level that are continued."""
-MAX_TIMED_ROWS = 16
-"""Levels with more committed rows a request catch up with a prompt or with undrafted text; what
-that takes says nothing of the next level."""
 _LEAST_BIN = 9
 
 
@@ -189,14 +187,15 @@ class _Draft:
                     nodes.update(dict.fromkeys(missing))
         self.nodes = list(nodes)
 
-    def prospect(self) -> Prospect:
-        """What the next level may bring."""
+    def prospect(self, level: int) -> Prospect:
+        """What a level may bring."""
         request, known = self.request, 0.0
         for path, prob in self.frontier.items():
             matches = (p * prob for p in self._matches(path).values())
             known += sum(p for p in matches if p >= request.min_prob)
         most = max(known, sum(self.frontier.values()))
-        return Prospect(known, most, request.min_prob, request.token_ms)
+        num_known = self._end(level) - self.state.starts[self.state.cache(level)]
+        return Prospect(known, most, request.min_prob, request.token_ms, num_known, len(self.nodes))
 
     def grow(self, max_depth: int) -> Candidates:
         """The best nodes down to a depth."""
@@ -229,6 +228,20 @@ class MtpProposer(Proposer):
         and what is deeper is left to n-grams."""
         most = max(num_modules, 3) if "mtp3" in self.config.method else num_modules
         return min(most, self.config.num_speculative_tokens)
+
+    def measure_levels(self, hidden_states: torch.Tensor, repeats: int = 3) -> None:
+        """Times a level at several numbers of rows, in KV slots of the batch's row 0: before it is
+        in use. hidden_states: [64 or more, hidden_size], any."""
+
+        def level_ms(num_rows: int) -> float:
+            began, states = time.perf_counter(), hidden_states[:num_rows]
+            rows = RequestRows(0, 0, num_rows, [0] * num_rows, [], [], states)
+            frontier = self.model.forward(0, [rows])[:MAX_FRONTIER]
+            self.model.best_tokens(0, frontier, NUM_CHILDREN)
+            return 1e3 * (time.perf_counter() - began)
+
+        timed = {num: min(level_ms(num) for _ in range(repeats)) for num in (1, MAX_FRONTIER, 64)}
+        self._gate.cost = CostModel(timed)
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         # Where a request starts behind cached blocks, the modules see the keys and values that an
@@ -269,7 +282,7 @@ class MtpProposer(Proposer):
 
     def _draft_level(self, level: int, drafts: Sequence[_Draft]) -> bool:
         """Adds a level to the drafts, unless it is not worth its time."""
-        began, prospects = time.perf_counter(), [draft.prospect() for draft in drafts]
+        began, prospects = time.perf_counter(), [draft.prospect(level) for draft in drafts]
         if not self._gate.opens(level, prospects):
             return False
         rows = [draft.rows(level) for draft in drafts]
@@ -282,7 +295,5 @@ class MtpProposer(Proposer):
         for draft, frontier in zip(drafts, frontiers, strict=True):
             draft.branch(level, [next(children) for _ in frontier])
         tokens = [draft.level_tokens for draft in drafts]
-        late = sum(each.num_known for each in rows) > MAX_TIMED_ROWS * len(rows)
-        ms = None if late else 1e3 * (time.perf_counter() - began)
-        self._gate.observe(level, prospects, tokens, ms)
+        self._gate.observe(level, prospects, tokens, 1e3 * (time.perf_counter() - began))
         return True
