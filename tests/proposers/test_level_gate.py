@@ -97,7 +97,7 @@ def test_an_outlier_does_not_close_a_level() -> None:
 
 
 def test_the_time_of_a_prompt_is_not_learned() -> None:
-    gate = settled(0.5, 2.0)
+    gate = settled(0.5, 3.5, row_ms=0.01)
     for _ in range(50):
         gate.observe(0, [replace(ONE, num_known=300)], [0.5], 100.0)
     assert gate.opens(0, [ONE])
