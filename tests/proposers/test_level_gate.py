@@ -43,9 +43,10 @@ def test_a_level_opens_while_its_time_is_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "ms", "opens"), [(0.5, 3.9, True), (0.5, 4.1, False), (0.1, 0.5, False)]
+    ("share", "ms", "opens"), [(0.5, 2.6, True), (0.5, 2.7, False), (0.1, 0.5, False)]
 )
-def test_a_level_opens_if_its_tokens_are_worth_more_than_its_time(share, ms, opens) -> None:
+def test_a_level_opens_if_its_tokens_are_clearly_worth_more_than_its_time(share, ms, opens) -> None:
+    """Half again as much."""
     assert settled(share, ms).opens(0, [ONE]) is opens
 
 
@@ -59,7 +60,7 @@ def test_what_other_sources_know_is_not_worth_drafting() -> None:
 
 
 def test_requests_add_up() -> None:
-    gate = settled(0.4, 8.0)
+    gate = settled(0.4, 5.5)
     assert gate.opens(0, [ONE] * 3)
     assert not gate.opens(0, [ONE, ONE, replace(ONE, most=0.2)])
 
@@ -78,15 +79,15 @@ def test_a_trial_pays_for_all_rows_that_were_missed() -> None:
 def test_missed_rows_are_written_off_over_many_steps() -> None:
     """320 rows beyond the first take 6.4 ms, which is 0.2 ms for each of 32 steps."""
     late = replace(ONE, num_known=321)
-    assert settled(0.5, 3.7, row_ms=0.02).opens(0, [late])
-    assert not settled(0.5, 3.9, row_ms=0.02).opens(0, [late])
+    assert settled(0.5, 2.4, row_ms=0.02).opens(0, [late])
+    assert not settled(0.5, 2.6, row_ms=0.02).opens(0, [late])
 
 
 def test_a_level_that_pays_again_stays_open_after_few_trials() -> None:
-    gate = settled(0.1, 5.0)
+    gate = settled(0.1, 3.5)
     for _ in range(4):
         wait(gate)
-        gate.observe(0, [ONE], [0.9], 5.0)
+        gate.observe(0, [ONE], [0.9], 3.5)
     assert all(gate.opens(0, [ONE]) for _ in range(3))
 
 
@@ -97,7 +98,7 @@ def test_an_outlier_does_not_close_a_level() -> None:
 
 
 def test_the_time_of_a_prompt_is_not_learned() -> None:
-    gate = settled(0.5, 3.5, row_ms=0.01)
+    gate = settled(0.5, 2.3, row_ms=0.01)
     for _ in range(50):
         gate.observe(0, [replace(ONE, num_known=300)], [0.5], 100.0)
     assert gate.opens(0, [ONE])

@@ -126,10 +126,11 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
 
     @torch.inference_mode()
     def measure_level_costs(self) -> None:
-        """The same for a level of drafts, where there are some."""
+        """Tells the proposer what a level of drafts takes, where it drafts in levels."""
         if isinstance(proposer := self.round.proposer, MtpProposer):
-            size = self.model_config.get_hidden_size()
-            proposer.measure_levels(torch.zeros(64, size, dtype=self.model_config.dtype))
+            size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
+            rows = torch.zeros(64, size, dtype=dtype)
+            proposer.measure_levels(lambda: self._time_rows(1), rows)
 
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()

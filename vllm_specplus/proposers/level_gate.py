@@ -13,6 +13,8 @@ that takes says nothing of the next level."""
 _START, _SMOOTHING, _TRIED_SMOOTHING = 0.7, 0.1, 0.3
 _TRIALS = 0.01
 """The part of the time that closed levels are tried again for."""
+_MARGIN = 1.5
+"""By how much a level must promise to be worth more than its time, as estimates err."""
 _CATCH_UP_STEPS = 32
 """Over how many steps of a request the rows that its level has missed are written off."""
 
@@ -43,7 +45,7 @@ class Prospect:
 
 
 class LevelGate:
-    """Opens a level if the tokens that it brought so far were worth more than its time.
+    """Opens a level if the tokens that it brought so far were clearly worth more than its time.
 
     cost: milliseconds of a level by its rows; levels are free until the engine has measured it. A
     closed level is tried again once it has saved `_TRIALS` of the time that it takes, rows that it
@@ -59,7 +61,7 @@ class LevelGate:
     def opens(self, level: int, prospects: Sequence[Prospect]) -> bool:
         worth = sum(prospect.worth_ms(self._shares[level]) for prospect in prospects)
         self._tried = False
-        if worth >= self._ms(prospects, _CATCH_UP_STEPS):
+        if worth >= _MARGIN * self._ms(prospects, _CATCH_UP_STEPS):
             return True
         self._saved_ms[level] += _TRIALS * sum(prospect.token_ms for prospect in prospects)
         self._tried = self._saved_ms[level] >= self._ms(prospects, 1)

@@ -17,7 +17,7 @@ candidate, and what each source and their agreement are worth is learned online.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, log, log2
 
@@ -229,11 +229,18 @@ class MtpProposer(Proposer):
         most = max(num_modules, 3) if "mtp3" in self.config.method else num_modules
         return min(most, self.config.num_speculative_tokens)
 
-    def measure_levels(self, hidden_states: torch.Tensor, repeats: int = 3) -> None:
+    def measure_levels(
+        self, target: Callable[[], object], hidden_states: torch.Tensor, repeats: int = 3
+    ) -> None:
         """Times a level at several numbers of rows, in KV slots of the batch's row 0: before it is
-        in use. hidden_states: [64 or more, hidden_size], any."""
+        in use.
+
+        target: runs the target, whose weights have then been in the caches last, as in a step.
+        hidden_states: [64 or more, hidden_size], any.
+        """
 
         def level_ms(num_rows: int) -> float:
+            target()
             began, states = time.perf_counter(), hidden_states[:num_rows]
             rows = RequestRows(0, 0, num_rows, [0] * num_rows, [], [], states)
             frontier = self.model.forward(0, [rows])[:MAX_FRONTIER]
