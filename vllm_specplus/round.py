@@ -138,9 +138,11 @@ class SpecRound:
         )
         return [candidates.tree(n) for candidates, n in zip(shaped, counts, strict=True)]
 
-    def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
+    def observe(
+        self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]
+    ) -> None:
         """Feeds what was verified back to the proposer."""
-        self.proposer.observe(req_id, tree, accepted_rows)
+        self.proposer.observe(req_id, tree, accepted_rows, row_tokens)
 
     def forget(self, req_id: str) -> None:
         """Drops all state of a finished request."""

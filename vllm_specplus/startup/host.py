@@ -143,7 +143,10 @@ CPU_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
     compat=("compat.py", "compat_cpu.py"),
     hooks=HOST_METHODS,
-    methods=("ngram", "mtp", "mtp3", "mtp+ngram", "mtp3+ngram"),
+    methods=(
+        *("ngram", "lookahead", "lookahead+ngram"),
+        *("mtp", "mtp3", "mtp+ngram", "mtp3+ngram"),
+    ),
 )
 V2_ENGINE = Engine(
     name="v2",

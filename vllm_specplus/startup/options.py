@@ -13,18 +13,16 @@ from typing import Any, Literal
 
 from vllm_specplus.config import (
     METHODS,
-    Chain,
     MethodSpec,
     SpecPlusConfig,
-    StaticTree,
     parse_methods,
     parse_step_costs,
-    parse_tree,
 )
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
 from vllm_specplus.errors import OptionError, bad_option, not_built
 from vllm_specplus.proposers.heads.hf import check_loads
+from vllm_specplus.shapes import Chain, LookaheadShape, StaticTree, parse_tree
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     Engine,
@@ -47,6 +45,7 @@ OPTIONS: dict[str, str] = {
     "speculative_step_costs": "step_costs",
     "ngram_prompt_lookup_max": "prompt_lookup_max",
     "ngram_prompt_lookup_min": "prompt_lookup_min",
+    **{name: name for name in SpecPlusConfig.model_fields if name.startswith("lookahead_")},
 }
 """Keyword argument (and flag) -> key of speculative_config."""
 
@@ -109,7 +108,8 @@ def fold(arguments: Mapping[str, Any]) -> dict[str, Any]:
                     _say(config, "model", spec.model, option)
         else:
             _say(config, (OPTIONS | VLLM_ALIASES)[option], value, option)
-    config.setdefault("tree", str(Chain()))
+    ahead = "lookahead" in str(config.get("method")).split("+")
+    config.setdefault("tree", str(LookaheadShape.of(config).tree if ahead else Chain()))
     return rest | {"speculative_config": config}
 
 
@@ -252,7 +252,7 @@ def read(keys: Mapping[str, Any]) -> tuple[SpecPlusConfig, dict[str, Any]]:
             "speculative_model is missing beside the other speculative options; give "
             "speculative_model='[method]', or a draft model."
         )
-    fields = {"num_speculative_tokens", "tree", "verify", "step_costs"}
+    fields = SpecPlusConfig.model_fields.keys() & OPTIONS.values()
     options = {key: others.pop(key) for key in fields & others.keys()}
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
         if key in others:
