@@ -168,7 +168,9 @@ class SpecPlusConfig(BaseModel):
     tree: Annotated[TreeSpec, PlainValidator(parse_tree), PlainSerializer(str)] = Field(
         default=Chain(),
         description="shape of the draft: 'chain', 'static:[(0,),(0,0),(1,)]' (one path of ranks "
-        f"per node) or 'dynamic:N' (the N likeliest nodes of each step, at most {MAX_NODES}); "
+        f"per node), 'dynamic:N' (the N likeliest nodes of each step, at most {MAX_NODES}), "
+        "'optimal:N' (the best static tree of N nodes, by assumed acceptance) or 'tuned:FILE' "
+        "(what `vllm-specplus tune` found best); "
         "default: 'chain', and for [lookahead] what its window and its candidates take",
     )
     verify: Verify = Field(

@@ -60,26 +60,6 @@ def test_three_spellings_of_a_tree_mean_the_same(model: str) -> None:
     assert outcome(by_keywords(model, **TREE, speculative_config=TREE_KEYS)) == wanted
 
 
-AHEAD = {"speculative_model": "[lookahead]", "lookahead_window": 4, "lookahead_prompt_tokens": 0}
-AHEAD_KEYS = {"method": "lookahead", "lookahead_window": 4, "lookahead_prompt_tokens": 0}
-
-
-def test_three_spellings_of_lookahead_mean_the_same(model: str) -> None:
-    wanted = outcome(by_keywords(model, **AHEAD))
-    assert wanted[0]["num_speculative_tokens"] == 26  # 4 * 3 - 1 of the window and 5 * 3 others
-    assert wanted[1]["specplus"]["lookahead_prompt_tokens"] == 0
-    assert outcome(by_flags(model, **AHEAD)) == wanted
-    assert outcome(by_keywords(model, speculative_config=AHEAD_KEYS)) == wanted
-    assert outcome(by_flags(model, speculative_config=AHEAD_KEYS)) == wanted
-
-
-def test_lookahead_is_refused_on_the_v2_runner(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("wanted_engine", "tree_engine"):
-        monkeypatch.setattr(options, name, lambda: host.V2_ENGINE)
-    with pytest.raises(NotBuiltError, match=r"='\[lookahead\]' .* not available in the engine v2;"):
-        by_keywords(model, **AHEAD)
-
-
 def test_translated_arguments_stay_as_they_are(model: str) -> None:
     """vLLM copies its arguments, for instance to API server processes."""
     config, additional, worker = outcome(by_keywords(model, **TREE))

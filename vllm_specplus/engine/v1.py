@@ -115,17 +115,15 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 self.drafter.heads.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
-    def measure_step_costs(self, repeats: int = 3) -> None:
-        """Tells the row budget what the target's forward pass costs at 1, 2, 4, ... rows.
+    def measure_step_costs(self, repeats: int = 3) -> dict[int, float]:
+        """Milliseconds that the target's forward pass takes at 1, 2, 4, ... rows.
 
         Attention and the host's work are left out: the budget learns them while serving.
         """
         most = self.max_num_reqs * (1 + self.num_spec_tokens)
         most = min(most, self.max_num_tokens, _MOST_ROWS_TIMED)
         points = sorted({min(1 << i, most) for i in range(_MOST_ROWS_TIMED.bit_length())})
-        self.round.budget.measured(
-            {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
-        )
+        return {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
 
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()

@@ -23,6 +23,7 @@ from vllm_specplus.core.width import MOST_REQS, ladder, plan
 from vllm_specplus.errors import OptionError, bad_option, not_built
 from vllm_specplus.proposers.heads.hf import check_loads
 from vllm_specplus.shapes import Chain, LookaheadShape, StaticTree, parse_tree
+from vllm_specplus.startup.derived import derive, is_derived
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     Engine,
@@ -127,7 +128,7 @@ def _say(config: dict[str, Any], key: str, value: Any, option: str) -> None:
 
 
 def _meaning(key: str, value: Any) -> Any:
-    if key in ("tree", "step_costs"):
+    if key in ("tree", "step_costs") and not is_derived(value):
         return (parse_tree if key == "tree" else parse_step_costs)(value)
     return _OUR_NAMES.get(value, value) if key == "method" else value
 
@@ -143,7 +144,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
     model = str(result.get("model"))
-    config, others = read(_with_depth(result["speculative_config"], model))
+    config, others = read(derive(_with_depth(result["speculative_config"], model)))
     if _is_native(config, model):
         result["speculative_config"] = native_config(config, config.methods[0]) | others
         heads = isinstance(config.methods[0].model, str) and METHODS[config.method].heads
@@ -182,7 +183,8 @@ def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
     """The keys, with the model's own count of MTP modules for `[mtp]` if they have no depth."""
     own = str(keys.get("method")).split("+")
     given = keys.get("num_speculative_tokens") is not None or keys.get("model") is not None
-    static = isinstance(parse_tree(keys["tree"]), StaticTree)
+    tree = keys["tree"]
+    static = not is_derived(tree) and isinstance(parse_tree(tree), StaticTree)
     if given or static or "mtp" not in own or not num_mtp_modules(model):
         return keys
     return keys | {"num_speculative_tokens": num_mtp_modules(model)}
