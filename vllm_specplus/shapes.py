@@ -94,7 +94,10 @@ TreeSpec = Chain | StaticTree | DynamicTree
 class LookaheadShape:
     """Window W, n-gram N and candidates G of Lookahead decoding (Fu et al. 2024, arXiv 2402.02057).
 
-    The window is a tree of N - 1 levels of W guesses, of which the first is the root.
+    The window is a tree of N - 1 levels of W guesses, of which the first is the root. Defaults: the
+    wider the window, the less a row brings. With W, N, G = 5, 4, 5 a round gave 1.78 tokens and a
+    row of the window found 0.12; with 10, 4, 5 it was 1.86 and 0.07, with 15, 5, 15 1.99 and 0.04
+    (Gemma-3-270M, 24 prompts of Spec-Bench, greedy, no n-grams of the prompt; 2.02 with them).
     """
 
     window: int = 5
