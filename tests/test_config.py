@@ -10,18 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specplus.config import (
-    MAX_NODES,
-    METHODS,
-    Chain,
-    DynamicTree,
-    MethodSpec,
-    SpecPlusConfig,
-    StaticTree,
-    parse_methods,
-    parse_tree,
-)
+from vllm_specplus.config import METHODS, MethodSpec, SpecPlusConfig, parse_methods
 from vllm_specplus.errors import NotBuiltError, OptionError
+from vllm_specplus.shapes import MAX_NODES, Chain, DynamicTree, StaticTree, parse_tree
 
 NGRAM = {"speculative_model": "[ngram]", "num_speculative_tokens": 5}
 
@@ -137,12 +128,56 @@ def test_bad_tree(tree: Any, said: str) -> None:
         ({"speculative_model": "[mtp]", "ngram_prompt_lookup_max": 3}, "belongs to [ngram]"),
         ({"speculative_model": None}, "speculative_model=None is refused"),
         ({"beam": 3}, "beam=3 is no option"),
+        ({"lookahead_window": 3}, "belongs to [lookahead]"),
+        ({"lookahead_prompt_tokens": 3}, "belongs to [lookahead]"),
         ({"step_costs": "1:5.1"}, "belongs to a tree"),
     ],
 )
 def test_bad_value(options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=r"^[^\n]*; [^\n]*\.$") as error:
         SpecPlusConfig.from_options(NGRAM | options)
+    assert said in str(error.value)
+
+
+AHEAD = {"speculative_model": "[lookahead]"}
+
+
+@pytest.mark.parametrize(
+    ("options", "depth", "num_nodes"),
+    [
+        ({}, 6, 29),
+        ({"lookahead_window": 15, "lookahead_ngram": 5, "lookahead_candidates": 15}, 17, 119),
+        ({"lookahead_window": 32, "lookahead_candidates": 32}, 33, MAX_NODES),
+        ({"lookahead_window": 1, "lookahead_ngram": 2, "lookahead_candidates": 1}, 1, 1),
+        ({"tree": "dynamic:14"}, 6, 14),
+        ({"num_speculative_tokens": 9, "lookahead_ngram": 3}, 9, 19),
+    ],
+)
+def test_a_lookahead_window_is_a_shape(options: dict[str, Any], depth: int, num_nodes: int) -> None:
+    config = SpecPlusConfig.from_options(AHEAD | options)
+    assert (config.num_speculative_tokens, config.num_nodes) == (depth, num_nodes)
+    sent = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert SpecPlusConfig.model_validate(sent) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tree": "dynamic:13"}, "no room for the 14 nodes of the lookahead window"),
+        ({"tree": "chain"}, "write for example 'dynamic:29'"),
+        ({"tree": "static:[(0,)]"}, "no room for the 14 nodes"),
+        ({"num_speculative_tokens": 5}, "less than the depth 6 of the lookahead window"),
+        ({"lookahead_window": 32, "lookahead_ngram": 8}, "no room for the 223 nodes"),
+        ({"lookahead_window": 0}, "lookahead_window=0 is refused"),
+        ({"lookahead_window": "5"}, "lookahead_window='5' is refused"),
+        ({"lookahead_ngram": 1}, "lookahead_ngram=1 is refused"),
+        ({"lookahead_candidates": 33}, "lookahead_candidates=33 is refused"),
+        ({"lookahead_prompt_tokens": -1}, "lookahead_prompt_tokens=-1 is refused"),
+    ],
+)
+def test_a_lookahead_window_that_does_not_fit(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=r"^[^\n]*; [^\n]*\.$") as error:
+        SpecPlusConfig.from_options(AHEAD | options)
     assert said in str(error.value)
 
 
@@ -205,7 +240,7 @@ def test_ngram_range_defaults(given_range: dict[str, int], used: tuple[int, int]
     assert (config.ngram_prompt_lookup_min, config.ngram_prompt_lookup_max) == used
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lookahead"])
 @pytest.mark.parametrize("tree", ["chain", "dynamic:9", "static:[(0,),(1,)]"])
 def test_config_travels_as_json(name: str, tree: str) -> None:
     model = "" if METHODS[name].model == "none" else "/some/model"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,59 @@ def check(
     else:
         _show(found)
     raise typer.Exit(0 if found["ok"] else 1)
+
+
+@main.command()
+def tune(
+    model: Annotated[str, typer.Option(help="The target: a path or an id on the hub.")],
+    method: Annotated[str, typer.Option(help="What drafts: '[ngram]', '[mtp3]HEADS', ...")],
+    prompts: Annotated[Path, typer.Option(help="A .jsonl or text file, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="For 'tuned:FILE'.")] = Path("specplus-tuned.json"),
+    depth: Annotated[int, typer.Option(min=1, max=127, help="Depth of drafts at most.")] = 6,
+    nodes: Annotated[int, typer.Option(min=1, max=127, help="Nodes of a tree at most.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0, help="Of what is decoded.")] = 0.0,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Decoded after each prompt.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts at most, spread evenly.")] = 40,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="As vLLM's.")] = None,
+    eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = False,
+) -> None:
+    """Measures acceptance and the cost of rows, and says which trees are best; writes OUT."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_specplus.startup.tune import TuneOptions
+    from vllm_specplus.startup.tune import tune as measure
+    from vllm_specplus.train.text import read_prompts
+
+    options = TuneOptions(
+        model=model,
+        speculative_model=method if "[" in method or "/" in method else f"[{method}]",
+        num_speculative_tokens=depth,
+        num_nodes=nodes,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        engine={"max_num_seqs": 8, "max_model_len": max_model_len, "enforce_eager": eager},
+    )
+    with _one_line():
+        texts = [prompt.text for prompt in read_prompts(prompts)]
+        tuned = measure(options, texts[:: -(-len(texts) // limit)])
+    out.write_text(tuned.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    console, best = Console(), Table("batch", "speculative_tree", "accepted", "expected speed")
+    best.title = f"{tuned.speculative_model}, num_speculative_tokens={depth}"
+    for batch_size, found in tuned.recommended.items():
+        tree = found.speculative_tree or "none: drafts do not pay"
+        best.add_row(f"{batch_size}", tree, f"{found.num_accepted:.2f}", f"{found.speedup:.2f}x")
+    console.print(best)
+    console.print(f"Use it with --speculative-tree tuned:{out}", highlight=False)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """What the user can mend ends in one line and exit code 2."""
+    try:
+        yield
+    except SpecPlusError as error:
+        console = Console(stderr=True, markup=False, highlight=False)
+        console.print(f"Error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 @train.command()
@@ -97,12 +151,8 @@ def mtp3(
         int8=int8,
         device=auto_device(),
     )
-    try:
+    with _one_line():
         raise typer.Exit(0 if train_mtp3(options, Console()) else 130)
-    except SpecPlusError as error:
-        console = Console(stderr=True, markup=False, highlight=False)
-        console.print(f"Error: {error}", soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -1,14 +1,9 @@
-"""The user's options, validated in one place: methods, trees and `SpecPlusConfig`.
-
-Trees have a text form that `parse_tree` reads and `str` writes back: `chain`,
-`static:[(0,),(0,0),(1,)]` or `dynamic:12`.
-"""
+"""The user's options, validated in one place: methods and `SpecPlusConfig`."""
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -28,14 +23,22 @@ from pydantic import (
 )
 
 from vllm_specplus.errors import OptionError, bad_option, not_built
-
-MAX_NODES = 127
-"""Nodes of one tree: with the root they are the 128 rows of an ancestor mask."""
+from vllm_specplus.shapes import (
+    MAX_NODES,
+    Chain,
+    DynamicTree,
+    LookaheadShape,
+    StaticTree,
+    TreeSpec,
+    parse_tree,
+)
 
 DEFAULT_LOOKUP = (1, 5)
 """Shortest and longest n-gram to look up, as vLLM documents its own defaults."""
 
-Path = tuple[int, ...]
+DEFAULT_WARM_UP = 2048
+"""Tokens of the prompt that fill the pool of [lookahead]."""
+
 Verify = Literal["auto", "match", "rejection", "block", "traversal", "typical"]
 
 
@@ -121,114 +124,6 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
     return tuple(MethodSpec(name, model if name in takers else None) for name in names)
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """One candidate per depth."""
-
-    def __str__(self) -> str:
-        return "chain"
-
-
-@dataclass(frozen=True, slots=True)
-class StaticTree:
-    """A fixed shape: per node the ranks on its way from the root.
-
-    (0, 1) is the second best child of the best candidate (Medusa, Cai et al. 2024, arXiv
-    2401.10774). Siblings have the ranks 0, 1, 2, ... without a gap. The order in which paths are
-    given means nothing; they are kept by sum of (rank + 1), so every prefix is a tree.
-    """
-
-    paths: tuple[Path, ...]
-
-    def __post_init__(self) -> None:
-        paths = set(self.paths)
-        if not 1 <= len(paths) <= MAX_NODES:
-            raise bad_option(
-                "speculative_tree",
-                str(self),
-                f"has {len(paths)} nodes, but a tree has 1 to {MAX_NODES}",
-                "give fewer paths" if paths else "give at least (0,)",
-            )
-        for path in sorted(paths):
-            needed = (*path[:-1], path[-1] - 1) if path[-1] else path[:-1]
-            if needed and needed not in paths:
-                kin = "sibling of the rank before, " if path[-1] else "parent "
-                raise bad_option(
-                    "speculative_tree",
-                    str(self),
-                    f"has node {path} without its {kin}{needed}",
-                    f"add {needed} or take {path} away",
-                )
-        ordered = sorted(paths, key=lambda path: (len(path) + sum(path), path))
-        object.__setattr__(self, "paths", tuple(ordered))
-
-    @property
-    def depth(self) -> int:
-        return max(map(len, self.paths))
-
-    def __str__(self) -> str:
-        return f"static:{list(self.paths)}".replace(" ", "")
-
-
-@dataclass(frozen=True, slots=True)
-class DynamicTree:
-    """At most `max_nodes` nodes per step, placed where they are most likely to be accepted."""
-
-    max_nodes: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_nodes <= MAX_NODES:
-            raise bad_option(
-                "speculative_tree",
-                str(self),
-                f"is out of range: a tree has 1 to {MAX_NODES} nodes",
-                "write for example 'dynamic:12'",
-            )
-
-    def __str__(self) -> str:
-        return f"dynamic:{self.max_nodes}"
-
-
-TreeSpec = Chain | StaticTree | DynamicTree
-
-
-def parse_tree(value: str | TreeSpec) -> TreeSpec:
-    """Reads the text form of a tree; raises OptionError."""
-    if isinstance(value, TreeSpec):
-        return value
-    kind, _, rest = str(value).strip().partition(":")
-    if kind == "chain" and not rest:
-        return Chain()
-    if kind == "dynamic" and re.fullmatch(r"-?\d{1,9}", rest.strip()):
-        return DynamicTree(int(rest))
-    if kind == "static":
-        paths = _literal_paths(rest)
-        if paths is not None:
-            return StaticTree(paths)
-    raise bad_option(
-        "speculative_tree",
-        value,
-        "cannot be read",
-        "write 'chain', 'dynamic:12' or 'static:[(0,),(0,0),(1,)]', one path of ranks per node",
-    )
-
-
-def _literal_paths(text: str) -> tuple[Path, ...] | None:
-    """The paths in a Python list of tuples of ranks, or None if it is not one."""
-    try:
-        paths = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-    if not isinstance(paths, (list, tuple)):
-        return None
-    for path in paths:
-        if not isinstance(path, (list, tuple)) or not path:
-            return None
-        if not all(type(rank) is int and rank >= 0 for rank in path):
-            return None
-    return tuple(tuple(path) for path in paths)
-
-
 def parse_step_costs(value: Any) -> dict[int, float] | None:
     """Reads `step_costs`, rows -> ms, a dict or its text '1:5.1,8:5.2'; raises OptionError."""
     if value is None:
@@ -273,7 +168,10 @@ class SpecPlusConfig(BaseModel):
     tree: Annotated[TreeSpec, PlainValidator(parse_tree), PlainSerializer(str)] = Field(
         default=Chain(),
         description="shape of the draft: 'chain', 'static:[(0,),(0,0),(1,)]' (one path of ranks "
-        f"per node) or 'dynamic:N' (the N likeliest nodes of each step, at most {MAX_NODES})",
+        f"per node), 'dynamic:N' (the N likeliest nodes of each step, at most {MAX_NODES}), "
+        "'optimal:N' (the best static tree of N nodes, by assumed acceptance) or 'tuned:FILE' "
+        "(what `vllm-specplus tune` found best); "
+        "default: 'chain', and for [lookahead] what its window and its candidates take",
     )
     verify: Verify = Field(
         default="auto",
@@ -291,6 +189,31 @@ class SpecPlusConfig(BaseModel):
         ),
         ge=1,
         description="longest n-gram that [ngram] looks up, an integer from 1 on",
+    )
+    lookahead_window: StrictInt = Field(
+        default=LookaheadShape.window,
+        ge=1,
+        le=32,
+        description="columns of the window in which [lookahead] guesses, an integer from 1 to 32",
+    )
+    lookahead_ngram: StrictInt = Field(
+        default=LookaheadShape.ngram,
+        ge=2,
+        le=8,
+        description="tokens of the n-grams that [lookahead] collects, an integer from 2 to 8",
+    )
+    lookahead_candidates: StrictInt = Field(
+        default=LookaheadShape.candidates,
+        ge=1,
+        le=32,
+        description="n-grams that [lookahead] keeps for each first token and tries in a step, an "
+        "integer from 1 to 32",
+    )
+    lookahead_prompt_tokens: StrictInt = Field(
+        default=DEFAULT_WARM_UP,
+        ge=0,
+        description="tokens at the end of the prompt whose n-grams [lookahead] starts with, an "
+        "integer from 0 (none) on",
     )
     step_costs: Annotated[
         dict[int, float] | None, PlainValidator(parse_step_costs), PlainSerializer(_costs_text)
@@ -337,13 +260,19 @@ class SpecPlusConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_depth(cls, options: Any) -> Any:
-        """A static tree knows its depth, and a method may have a default."""
-        if not isinstance(options, dict) or options.get("num_speculative_tokens") is not None:
+    def _fill_in(cls, options: Any) -> Any:
+        """A static tree knows its depth, a method may have a default, and a window is a shape."""
+        if not isinstance(options, dict):
+            return options
+        specs = parse_methods(str(options.get("speculative_model", "")))
+        window = LookaheadShape.of(options) if _looks_ahead(specs) else None
+        if window is not None and options.get("tree") is None:
+            options = {**options, "tree": window.tree}
+        if options.get("num_speculative_tokens") is not None:
             return options
         tree = parse_tree(options.get("tree", Chain()))
-        depth = tree.depth if isinstance(tree, StaticTree) else None
-        for spec in parse_methods(str(options.get("speculative_model", ""))):
+        depth = tree.depth if isinstance(tree, StaticTree) else window and window.depth
+        for spec in specs:
             depth = depth or METHODS[spec.name].default_depth
         if depth is None:
             raise bad_option(
@@ -378,10 +307,42 @@ class SpecPlusConfig(BaseModel):
                 f"belongs to [ngram], not to speculative_model={self.speculative_model!r}",
                 "leave it out",
             )
+        self._check_lookahead()
         if self.step_costs is not None and isinstance(self.tree, Chain):
             text, reason = _costs_text(self.step_costs), "belongs to a tree, and this is a chain"
             raise bad_option("speculative_step_costs", text, reason, "leave it out")
         return self
+
+    def _check_lookahead(self) -> None:
+        """The window is a tree, and fits; without one nothing is said of it."""
+        window = LookaheadShape.of(dict(self))
+        if not _looks_ahead(self.methods):
+            if (window, self.lookahead_prompt_tokens) != (LookaheadShape(), DEFAULT_WARM_UP):
+                raise bad_option(
+                    "lookahead_*",
+                    window,
+                    f"belongs to [lookahead], not to speculative_model={self.speculative_model!r}",
+                    "leave it out",
+                )
+            return
+        if not isinstance(self.tree, DynamicTree) or self.tree.max_nodes < window.num_rows:
+            raise bad_option(
+                "speculative_tree",
+                str(self.tree),
+                f"has no room for the {window.num_rows} nodes of the lookahead window",
+                f"leave it out or write for example '{window.tree}'",
+            )
+        if self.num_speculative_tokens < window.depth:
+            raise bad_option(
+                "num_speculative_tokens",
+                self.num_speculative_tokens,
+                f"is less than the depth {window.depth} of the lookahead window",
+                "leave it out or make lookahead_window smaller",
+            )
+
+
+def _looks_ahead(specs: Iterable[MethodSpec]) -> bool:
+    return any(spec.name == "lookahead" for spec in specs)
 
 
 def _one_sentence(error: ValidationError) -> OptionError:

@@ -16,6 +16,7 @@ import torch
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.budget import RowBudget
 from vllm_specplus.core.growth import Candidates, prune
+from vllm_specplus.core.rank_counts import RankCounts
 from vllm_specplus.core.stats import SpecStats
 from vllm_specplus.core.tree import Tree, TreeBatch
 from vllm_specplus.core.verify import match
@@ -82,6 +83,7 @@ class SpecRound:
             self.budget.measured(config.step_costs)
         self.max_depth = config.num_speculative_tokens
         self.stats = SpecStats(self.max_depth)
+        self.ranks = RankCounts()
 
     def stage(self, trees: Sequence[Tree], query_start_loc: np.ndarray) -> Staged:
         """Lays the trees over the step's rows: a request's last 1 + num_nodes rows are its tree.
@@ -138,9 +140,12 @@ class SpecRound:
         )
         return [candidates.tree(n) for candidates, n in zip(shaped, counts, strict=True)]
 
-    def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
+    def observe(
+        self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]
+    ) -> None:
         """Feeds what was verified back to the proposer."""
-        self.proposer.observe(req_id, tree, accepted_rows)
+        self.ranks.observe(tree, accepted_rows)
+        self.proposer.observe(req_id, tree, accepted_rows, row_tokens)
 
     def forget(self, req_id: str) -> None:
         """Drops all state of a finished request."""

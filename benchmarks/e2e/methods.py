@@ -15,16 +15,20 @@ DEFAULT_DEPTH = 5
 NATIVE_LOOKUP = {"prompt_lookup_max": 5, "prompt_lookup_min": 2}
 SYNTAX = (
     "plain | native-ngram[-gpu][:K=5][:max=5][:min=2] | MODEL[:K=5][:tree=TREE][:verify=RULE]"
-    "[:max=N][:min=N], where MODEL is a speculative_model such as [ngram] or [mtp3+ngram]PATH"
+    "[:max=N][:min=N][:W=5][:N=4][:G=5], where MODEL is a speculative_model such as [ngram] or "
+    "[mtp3+ngram]PATH"
 )
 
-_OPTION = re.compile(r":(?=(?:K|tree|verify|max|min)=)")
+_OPTION = re.compile(r":(?=(?:K|tree|verify|max|min|W|N|G)=)")
 _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "K": ("num_speculative_tokens", int),
     "tree": ("speculative_tree", str),
     "verify": ("speculative_verify", str),
     "max": ("ngram_prompt_lookup_max", int),
     "min": ("ngram_prompt_lookup_min", int),
+    "W": ("lookahead_window", int),
+    "N": ("lookahead_ngram", int),
+    "G": ("lookahead_candidates", int),
 }
 
 
@@ -51,7 +55,7 @@ def parse_method(text: str) -> Method:
         if given:
             raise ValueError(f"method {text!r}: plain takes no options; write plain")
         return Method(text, {})
-    kwargs = {"num_speculative_tokens": DEFAULT_DEPTH} | given
+    kwargs = ({} if "lookahead" in name else {"num_speculative_tokens": DEFAULT_DEPTH}) | given
     if name in NATIVE_METHODS:
         config = _native_ngram(text, NATIVE_METHODS[name], kwargs)
         return Method(text, {"speculative_config": config})

@@ -45,6 +45,15 @@ OURS = "[ngram]:tree=dynamic:12"
         ),
         ("[ngram]", {"speculative_model": "[ngram]", "num_speculative_tokens": 5}),
         (
+            "[lookahead]:W=8:N=3:G=2",
+            {
+                "speculative_model": "[lookahead]",
+                "lookahead_window": 8,
+                "lookahead_ngram": 3,
+                "lookahead_candidates": 2,
+            },
+        ),
+        (
             "[eagle]/models/a:b:K=4:tree=static:[(0,),(0,0)]:verify=match:max=3:min=2",
             {
                 "speculative_model": "[eagle]/models/a:b",

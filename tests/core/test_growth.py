@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.strategies import path_tokens
-from vllm_specplus.core.growth import Candidates, Path, chain_paths, grow, prune
+from vllm_specplus.core.growth import Candidates, Path, chain_paths, grow, prune, rank
 
 SIZES = st.integers(0, 30)
 DEPTHS = st.integers(0, 4)
@@ -75,6 +75,19 @@ def test_every_prefix_of_growth_and_of_pruning_is_a_tree(
     for candidates in (grown, *(prune(grown, shape) for shape in shapes)):
         candidates.tree(num_nodes).validate()
         assert list(candidates.probs) == sorted(candidates.probs, reverse=True)
+
+
+@given(models, SIZES, DEPTHS, st.randoms())
+def test_ranking_nodes_is_growing_them(
+    model: Model, max_nodes: int, max_depth: int, rng: random.Random
+) -> None:
+    """From any order in which parents come first."""
+    nodes = list(model.nodes(max_depth).items())
+    rng.shuffle(nodes)
+    ranked = rank(dict(sorted(nodes, key=lambda node: len(node[0]))), max_nodes)
+    assert list(ranked.probs) == pytest.approx(list(grow(model, max_nodes, max_depth).probs))
+    assert dict(zip(ranked.paths(), ranked.probs, strict=True)).items() <= dict(nodes).items()
+    ranked.tree(len(ranked)).validate()
 
 
 @given(models, DEPTHS, st.floats(0, 0.5))

@@ -123,10 +123,12 @@ class Probe:
         self.moved += len(moves)
         return moves
 
-    def _on_observe(self, req_id: str, tree: Any, accepted_rows: Sequence[int]) -> None:
+    def _on_observe(
+        self, req_id: str, tree: Any, accepted_rows: Sequence[int], row_tokens: Sequence[int]
+    ) -> None:
         self.drafted += len(tree)
         self.accepted += len(accepted_rows)
-        self._observe(req_id, tree, accepted_rows)
+        self._observe(req_id, tree, accepted_rows, row_tokens)
 
 
 def watch(worker: Any, truth: Truth | None) -> Probe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.proposers.lookahead import LookaheadProposer
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.ngram import NgramProposer
 from vllm_specplus.proposers.registry import create
@@ -27,7 +28,14 @@ def test_heads_may_be_joined_by_ngrams(model: str) -> None:
     assert isinstance(proposer, MtpProposer) and proposer.path == "x"
 
 
-@pytest.mark.parametrize("model", ["[medusa]x", "[lookahead]", "some/model", "[ngram+lookahead]"])
+@pytest.mark.parametrize("model", ["[lookahead]", "[ngram+lookahead]"])
+def test_lookahead_takes_its_shape_from_its_window(model: str) -> None:
+    proposer = create(SpecPlusConfig.from_options({"speculative_model": model}))
+    assert isinstance(proposer, LookaheadProposer)
+    assert (proposer.config.num_speculative_tokens, proposer.config.num_nodes) == (6, 29)
+
+
+@pytest.mark.parametrize("model", ["[medusa]x", "some/model", "[ngram+suffix]"])
 def test_what_is_not_built_names_what_is(model: str) -> None:
     with pytest.raises(NotImplementedError, match=r"speculative_model=.*available.*\[ngram\]"):
         create(config(model))

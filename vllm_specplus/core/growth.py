@@ -7,7 +7,7 @@ first. A child is never more probable than its parent, so best first is also pre
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 
@@ -83,6 +83,20 @@ def grow(
         if len(path) < max_depth and len(tokens) < max_nodes:
             push(path, ranks, len(tokens), -cost)
     return Candidates(tokens, parents, probs)
+
+
+def rank(probs: Mapping[Path, float], max_nodes: int) -> Candidates:
+    """The `max_nodes` most probable nodes, each given by the tokens on its path.
+
+    No path may be more probable than the one above it, which comes before it.
+    """
+    ranked = sorted(probs.items(), key=lambda node: -node[1])[:max_nodes]
+    row = {(): 0} | {path: index for index, (path, _) in enumerate(ranked, start=1)}
+    return Candidates(
+        [path[-1] for path, _ in ranked],
+        [row[path[:-1]] for path, _ in ranked],
+        [prob for _, prob in ranked],
+    )
 
 
 def prune(candidates: Candidates, paths: Iterable[Path]) -> Candidates:

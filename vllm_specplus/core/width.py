@@ -11,7 +11,7 @@ and per request where rows are free to choose; Sequoia, Chen et al. 2024, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import inf, log
 
@@ -32,7 +32,7 @@ DRAFTER_RATE = 0.6
 """Assumed, neither fitted nor taken from a paper: the first draft of a trained drafter is right."""
 MOST_REQS = 1024
 """Largest batch size looked at where the user sets none; vLLM's own defaults are not larger."""
-_MOST_CHILDREN = 8
+MOST_CHILDREN = 8
 
 
 def accepted(rate: float, num_nodes: int, max_depth: int) -> np.ndarray:
@@ -41,9 +41,14 @@ def accepted(rate: float, num_nodes: int, max_depth: int) -> np.ndarray:
     A prior, as nothing is known at start-up: the candidate of rank r is right with probability
     rate * (1 - rate) ** r, at every node.
     """
-    children = [(rank, log(rate) + rank * log(1 - rate)) for rank in range(_MOST_CHILDREN)]
+    children = [(rank, log(rate) + rank * log(1 - rate)) for rank in range(MOST_CHILDREN)]
     probs = grow(lambda _: children, num_nodes, max_depth).probs
     return np.cumsum([0.0, *probs, *[0.0] * (num_nodes - len(probs))])
+
+
+def prior_rate(methods: Iterable[str]) -> float:
+    """How often the best candidate of these methods is taken to be right."""
+    return NGRAM_RATE if all(name == "ngram" for name in methods) else DRAFTER_RATE
 
 
 def ladder(num_nodes: int, max_widths: int) -> list[int]:
@@ -90,8 +95,7 @@ def plan(
     max_rows: float = inf,
 ) -> Schedule:
     """`schedule` with the prior for the drafters of `config`."""
-    trained = any(spec.name != "ngram" for spec in config.methods)
-    rate = DRAFTER_RATE if trained else NGRAM_RATE
+    rate = prior_rate(spec.name for spec in config.methods)
     tokens = accepted(rate, config.num_nodes, config.num_speculative_tokens)
     return schedule(cost, tokens, widths, max_num_reqs, max_rows)
 

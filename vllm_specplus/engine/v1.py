@@ -75,6 +75,7 @@ class _Step:
     staged: Staged
     slot_mappings: dict[int, torch.Tensor] = field(init=False)
     way: str = field(init=False)
+    row_tokens: torch.Tensor = field(init=False)
     on_path: torch.Tensor = field(init=False)
     moves: Moves = field(init=False)
 
@@ -112,17 +113,15 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 self.drafter.modules.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
-    def measure_step_costs(self, repeats: int = 3) -> None:
-        """Tells the row budget what the target's forward pass costs at 1, 2, 4, ... rows.
+    def measure_step_costs(self, repeats: int = 3) -> dict[int, float]:
+        """Milliseconds that the target's forward pass takes at 1, 2, 4, ... rows.
 
         Attention and the host's work are left out: the budget learns them while serving.
         """
         most = self.max_num_reqs * (1 + self.num_spec_tokens)
         most = min(most, self.max_num_tokens, _MOST_ROWS_TIMED)
         points = sorted({min(1 << i, most) for i in range(_MOST_ROWS_TIMED.bit_length())})
-        self.round.budget.measured(
-            {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
-        )
+        return {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
 
     @torch.inference_mode()
     def measure_level_costs(self) -> None:
@@ -191,6 +190,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         step, rows = self._step, self._step.staged.logits_index
         samples = self._draw(logits)
+        step.row_tokens = samples.tokens[rows]
         step.on_path = self.round.verify(step.staged, samples.tokens)
         self._advance_generators(samples, step.on_path)
         step.moves = self.round.commit(step.staged, step.on_path)
@@ -198,7 +198,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             for gid, slots in step.slot_mappings.items():
                 self._commit_plans[gid](slots[step.moves.source], slots[step.moves.target])
         return SamplerOutput(
-            sampled_token_ids=samples.tokens[rows].where(step.on_path, -1).int(),
+            sampled_token_ids=step.row_tokens.where(step.on_path, -1).int(),
             logprobs_tensors=_take(samples.logprobs, rows.flatten()),
         )
 
@@ -248,14 +248,15 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         step, self._current = self._step, None
         self._commit_rows([hidden_states, *(aux_hidden_states or ())], step.moves)
         req_ids = self.input_batch.req_ids
-        on_path = step.on_path.tolist()
+        on_path, row_tokens = step.on_path.tolist(), step.row_tokens.tolist()
         self._absorb(hidden_states, sampled_token_ids)
         requests = []
         for index, (req_id, tree) in enumerate(zip(req_ids, step.trees, strict=True)):
             sampled = bool(sampled_token_ids[index])
             if sampled:
                 rows = [row for row, accepted in enumerate(on_path[index]) if accepted and row]
-                self.round.observe(req_id, tree, rows)
+                tree = tree if step.staged.is_tree[index] else tree.as_chain()
+                self.round.observe(req_id, tree, rows, row_tokens[index][: len(tree) + 1])
             requests.append(self._draft_request(index, req_id, sampled))
         with self._clock.drafting():
             drafts = self.round.propose(requests, self._clock.row_ms(step.way))

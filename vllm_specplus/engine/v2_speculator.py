@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from specplus_kernels.ngram_match import ngram_match
 
-from vllm_specplus.config import MAX_NODES, SpecPlusConfig, StaticTree
+from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.graft import graft
 from vllm_specplus.core.static_shape import StaticShape
 from vllm_specplus.core.tree import encode
 from vllm_specplus.engine.compat import VllmConfig
 from vllm_specplus.engine.compat_v2 import BaseSpeculator, InputBatch, RequestState
+from vllm_specplus.shapes import MAX_NODES, StaticTree
 
 
 class NgramTreeSpeculator(BaseSpeculator):

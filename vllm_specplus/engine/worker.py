@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from vllm_specplus.engine.compat import scoped
@@ -21,7 +22,12 @@ class SpecPlusCPUWorker(CountingWorker, CPUWorker):
         times = super().compile_or_warm_up_model()
         runner = self.model_runner
         if runner.round.budget.cost is None:
-            runner.measure_step_costs()
+            runner.round.budget.measured(runner.measure_step_costs())
         runner.measure_level_costs()
         self.count_rounds(runner.round.stats, fallback, (runner, "propose_draft_token_ids"))
         return times
+
+    def specplus_measured(self) -> dict[str, Any]:
+        """Which ranks were accepted so far, and what steps cost; through `collective_rpc`."""
+        runner = self.model_runner
+        return asdict(runner.round.ranks) | {"step_ms": [*runner.measure_step_costs().items()]}

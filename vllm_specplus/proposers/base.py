@@ -10,9 +10,10 @@ from math import inf
 import numpy as np
 import torch
 
-from vllm_specplus.config import Chain, SpecPlusConfig, StaticTree
+from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path, chain_paths
 from vllm_specplus.core.tree import Tree
+from vllm_specplus.shapes import Chain, StaticTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,14 @@ class Proposer(ABC):
         that starts anew (preemption) or behind cached positions comes with another `start`.
         """
 
-    def observe(self, req_id: str, tree: Tree, accepted_rows: Sequence[int]) -> None:
-        """Learns from a verified tree: the rows of its accepted path, root excluded."""
+    def observe(
+        self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]
+    ) -> None:
+        """Learns from a verified tree.
+
+        accepted_rows: of its accepted path, root excluded. row_tokens: [num_nodes + 1], the token
+        that the target said after each row, accepted or not.
+        """
 
     def forget(self, req_id: str) -> None:
         """Drops all state of a finished request."""

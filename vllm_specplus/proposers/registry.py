@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.config import METHODS, Method, SpecPlusConfig
 from vllm_specplus.errors import not_built
 from vllm_specplus.proposers.base import Proposer
 
@@ -15,9 +15,12 @@ PROPOSERS: dict[str, type[Proposer]] = {}
 
 
 def register(*names: str) -> Callable[[type[Proposer]], type[Proposer]]:
-    """Class decorator that makes a proposer available as these methods."""
+    """Class decorator that makes a proposer available as these methods, one of which may be new: it
+    is drafted without a model, and by the engines that run proposers (V1)."""
 
     def bind(cls: type[Proposer]) -> type[Proposer]:
+        for name in "+".join(names).split("+"):
+            METHODS.setdefault(name, Method(None, "none"))
         PROPOSERS.update(dict.fromkeys(names, cls))
         return cls
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from packaging.version import Version
 
 from vllm_specplus.core.mtp_models import MTPModel, find_mtp_model
 from vllm_specplus.errors import NotBuiltError, not_built
+from vllm_specplus.proposers.registry import PROPOSERS
 
 SUPPORTED = ">=0.32,<0.34"
 _OLDEST, _TOO_NEW = (0, 32), (0, 34)
@@ -135,7 +136,7 @@ class Engine:
     drafter_cls: str
     compat: tuple[str, ...]
     hooks: dict[str, str]
-    methods: tuple[str, ...]
+    methods: Collection[str]
     modules_worker_cls: str | None = None
 
 
@@ -146,7 +147,7 @@ CPU_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
     compat=("compat.py", "compat_cpu.py"),
     hooks=HOST_METHODS,
-    methods=("ngram", "mtp", "mtp3", "mtp+ngram", "mtp3+ngram"),
+    methods=PROPOSERS.keys(),
 )
 V2_ENGINE = Engine(
     name="v2",

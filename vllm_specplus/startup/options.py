@@ -13,18 +13,17 @@ from typing import Any, Literal
 
 from vllm_specplus.config import (
     METHODS,
-    Chain,
     MethodSpec,
     SpecPlusConfig,
-    StaticTree,
     parse_methods,
     parse_step_costs,
-    parse_tree,
 )
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
 from vllm_specplus.errors import OptionError, bad_option, not_built
 from vllm_specplus.proposers.heads.hf import check_loads
+from vllm_specplus.shapes import Chain, LookaheadShape, StaticTree, parse_tree
+from vllm_specplus.startup.derived import derive, is_derived
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     Engine,
@@ -47,6 +46,7 @@ OPTIONS: dict[str, str] = {
     "speculative_step_costs": "step_costs",
     "ngram_prompt_lookup_max": "prompt_lookup_max",
     "ngram_prompt_lookup_min": "prompt_lookup_min",
+    **{name: name for name in SpecPlusConfig.model_fields if name.startswith("lookahead_")},
 }
 """Keyword argument (and flag) -> key of speculative_config."""
 
@@ -109,7 +109,8 @@ def fold(arguments: Mapping[str, Any]) -> dict[str, Any]:
                     _say(config, "model", spec.model, option)
         else:
             _say(config, (OPTIONS | VLLM_ALIASES)[option], value, option)
-    config.setdefault("tree", str(Chain()))
+    ahead = "lookahead" in str(config.get("method")).split("+")
+    config.setdefault("tree", str(LookaheadShape.of(config).tree if ahead else Chain()))
     return rest | {"speculative_config": config}
 
 
@@ -127,7 +128,7 @@ def _say(config: dict[str, Any], key: str, value: Any, option: str) -> None:
 
 
 def _meaning(key: str, value: Any) -> Any:
-    if key in ("tree", "step_costs"):
+    if key in ("tree", "step_costs") and not is_derived(value):
         return (parse_tree if key == "tree" else parse_step_costs)(value)
     return _OUR_NAMES.get(value, value) if key == "method" else value
 
@@ -143,7 +144,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
     model = str(result.get("model"))
-    config, others = read(_with_depth(result["speculative_config"], model))
+    config, others = read(derive(_with_depth(result["speculative_config"], model)))
     if _is_native(config, model):
         native = native_config(config, config.methods[0], others.get("revision"))
         result["speculative_config"] = native | others
@@ -186,7 +187,8 @@ def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
     """The keys, with the model's own count of MTP modules for `[mtp]` if they have no depth."""
     own = str(keys.get("method")).split("+")
     given = keys.get("num_speculative_tokens") is not None or keys.get("model") is not None
-    static = isinstance(parse_tree(keys["tree"]), StaticTree)
+    tree = keys["tree"]
+    static = not is_derived(tree) and isinstance(parse_tree(tree), StaticTree)
     if given or static or "mtp" not in own or not num_mtp_modules(model):
         return keys
     return keys | {"num_speculative_tokens": num_mtp_modules(model)}
@@ -255,7 +257,7 @@ def read(keys: Mapping[str, Any]) -> tuple[SpecPlusConfig, dict[str, Any]]:
             "speculative_model is missing beside the other speculative options; give "
             "speculative_model='[method]', or a draft model."
         )
-    fields = {"num_speculative_tokens", "tree", "verify", "step_costs"}
+    fields = SpecPlusConfig.model_fields.keys() & OPTIONS.values()
     options = {key: others.pop(key) for key in fields & others.keys()}
     for key in ("prompt_lookup_max", "prompt_lookup_min"):
         if key in others:
