@@ -8,7 +8,7 @@ import torch
 from specplus_kernels.ngram_match import ngram_match
 
 from vllm_specplus.config import MAX_NODES, SpecPlusConfig, StaticTree
-from vllm_specplus.core.graft import graft
+from vllm_specplus.core.graft import Trunk, graft
 from vllm_specplus.core.static_shape import StaticShape
 from vllm_specplus.core.tree import encode
 from vllm_specplus.engine.compat import VllmConfig
@@ -27,6 +27,7 @@ class NgramTreeSpeculator(BaseSpeculator):
         self.config = SpecPlusConfig.model_validate(vllm_config.additional_config["specplus"])
         self.req_states = req_states
         tree = self.config.tree
+        self._matches = any(spec.name == "ngram" for spec in self.config.methods)
         self._shape = StaticShape(tree.paths, device) if isinstance(tree, StaticTree) else None
         req_states.chain_only = torch.zeros(
             req_states.max_num_reqs, dtype=torch.bool, device=device
@@ -49,22 +50,36 @@ class NgramTreeSpeculator(BaseSpeculator):
         shape = (input_batch.num_reqs, self.config.num_nodes)
         return torch.full(shape, -1, dtype=torch.int64, device=input_batch.idx_mapping.device)
 
-    def propose_on(self, trunk: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
-        """The same around a chain that another drafter gave, int64 [num_reqs, depth]."""
-        states = self.req_states
+    def growth(self, slots: torch.Tensor, width: int | None) -> dict[str, Any]:
+        """What a drafter is told that grows trees for the requests in `slots`."""
+        num_nodes = self.config.num_nodes
+        return {
+            "chain_only": self.req_states.chain_only[slots],
+            "shape": self._shape,
+            "num_nodes": num_nodes if self._shape is None else MAX_NODES,
+            "room": num_nodes if width is None else width,
+        }
+
+    def propose_on(self, trunk: Trunk | None, slots: torch.Tensor) -> torch.Tensor:
+        """The same around trees that another drafter gave, or those alone."""
+        states, max_depth = self.req_states, self.config.num_speculative_tokens
         num_nodes = self.config.num_nodes if self._shape is None else MAX_NODES
-        grown = ngram_match(
-            states.all_token_ids.gpu,
-            states.total_len.gpu,
-            slots,
-            min_n=self.config.ngram_prompt_lookup_min,
-            max_n=self.config.ngram_prompt_lookup_max,
-            num_nodes=num_nodes,
-            max_depth=self.config.num_speculative_tokens,
-        )
-        tokens, parents = grown.tokens, grown.parents
-        if trunk is not None:
-            tokens, parents = graft(trunk, tokens, parents, grown.depths, num_nodes)
+        rows = None if trunk is None else trunk[:2]
+        if self._matches:
+            grown = ngram_match(
+                states.all_token_ids.gpu,
+                states.total_len.gpu,
+                slots,
+                min_n=self.config.ngram_prompt_lookup_min,
+                max_n=self.config.ngram_prompt_lookup_max,
+                num_nodes=num_nodes,
+                max_depth=max_depth,
+            )
+            rows = grown[:2]
+            if trunk is not None:
+                rows = graft(trunk, rows, num_nodes, max_depth)[:2]
+        assert rows is not None
+        tokens, parents = rows
         if self._shape is not None:
             tokens, parents = self._shape.fit(tokens, parents)
         return encode(tokens, parents, states.last_sampled_tokens[slots], states.chain_only[slots])
