@@ -86,9 +86,9 @@ class Growth:
             self._levels.append((tree.paths, logits.view(*tree.paths.shape[:2], -1), drafts))
             return branch(tree, logits, width, drafts)
 
-        def grown(drafter: Any, batch: Any, num_sampled: torch.Tensor, **kwargs: Any) -> Any:
+        def grown(drafter: Any, batch: Any, num_sampled: torch.Tensor, *args: Any) -> Any:
             self._levels = []
-            rows = grow(drafter, batch, num_sampled, **kwargs)
+            rows = grow(drafter, batch, num_sampled, *args)
             for index, slot in enumerate(batch.idx_mapping.tolist()):
                 if num_sampled[index]:
                     self._note(index, slot)
@@ -111,6 +111,7 @@ class Growth:
                 of_paths = zip(paths[index].tolist(), logits[index], strict=True)
                 self.drafted += [(known, path, row.clone(), target) for path, row in of_paths]
 
+    @torch.inference_mode()
     def mismatches(self, heads: str) -> int:
         """How many of the logits are not what the dense modules give after the whole sequence."""
         model, dense = self._runner.speculator.model, MTPHeads.from_checkpoint(load_heads(heads))

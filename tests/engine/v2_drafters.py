@@ -80,7 +80,7 @@ def seeded(name: str, num: int = 6) -> list[Request]:
 
 def preemption(name: str) -> None:
     wanted = requests(name, max_tokens=70)
-    options: dict[str, Any] = dict(num_gpu_blocks_override=16, max_model_len=256)
+    options: dict[str, Any] = dict(num_gpu_blocks_override=12, max_model_len=256)
     scheduler = drafting(name, NUM_NODES, **options).scheduler
     with mock.patch.object(
         scheduler, "_preempt_request", side_effect=scheduler._preempt_request

@@ -167,14 +167,12 @@ class ChainDrafter(wrapt.ObjectProxy):
             num_speculative_tokens=1 if grows else num_speculative_tokens,
             **kwargs,
         )
-        slots = input_batch.idx_mapping[: input_batch.num_reqs]
         if width == 0:
             return ngram.nothing(input_batch)
-        if not grows:
-            return ngram.propose_on(Trunk.chain(chain), slots)
-        grown = self.__wrapped__.grow(input_batch, num_sampled, **ngram.growth(slots, width))
-        num_first = -(-ngram.config.num_nodes // 2)
-        return ngram.propose_on(Trunk(grown.tokens, grown.parents, num_first), slots)
+        trunk = Trunk.chain(chain)
+        if grows:
+            trunk = self.__wrapped__.grow(input_batch, num_sampled, ngram, width)
+        return ngram.propose_on(trunk, input_batch.idx_mapping[: input_batch.num_reqs])
 
     def _chains(self, batch: InputBatch) -> Chains:
         drafter, no_path = self.__wrapped__, batch.idx_mapping[: batch.num_reqs, None]

@@ -16,7 +16,10 @@ from vllm_specplus.engine.compat_v2 import BaseSpeculator, InputBatch, RequestSt
 
 
 class NgramTreeSpeculator(BaseSpeculator):
-    """Trees from earlier occurrences of a request's last tokens (kernel `ngram_match`)."""
+    """Trees from earlier occurrences of a request's last tokens (kernel `ngram_match`).
+
+    shape: of static trees. num_nodes: what is drafted, of which a shape keeps what fits.
+    """
 
     supports_mm_inputs = False
     draft_logits = None
@@ -28,7 +31,8 @@ class NgramTreeSpeculator(BaseSpeculator):
         self.req_states = req_states
         tree = self.config.tree
         self._matches = any(spec.name == "ngram" for spec in self.config.methods)
-        self._shape = StaticShape(tree.paths, device) if isinstance(tree, StaticTree) else None
+        self.shape = StaticShape(tree.paths, device) if isinstance(tree, StaticTree) else None
+        self.num_nodes = self.config.num_nodes if self.shape is None else MAX_NODES
         req_states.chain_only = torch.zeros(
             req_states.max_num_reqs, dtype=torch.bool, device=device
         )
@@ -50,20 +54,9 @@ class NgramTreeSpeculator(BaseSpeculator):
         shape = (input_batch.num_reqs, self.config.num_nodes)
         return torch.full(shape, -1, dtype=torch.int64, device=input_batch.idx_mapping.device)
 
-    def growth(self, slots: torch.Tensor, width: int | None) -> dict[str, Any]:
-        """What a drafter is told that grows trees for the requests in `slots`."""
-        num_nodes = self.config.num_nodes
-        return {
-            "chain_only": self.req_states.chain_only[slots],
-            "shape": self._shape,
-            "num_nodes": num_nodes if self._shape is None else MAX_NODES,
-            "room": num_nodes if width is None else width,
-        }
-
     def propose_on(self, trunk: Trunk | None, slots: torch.Tensor) -> torch.Tensor:
         """The same around trees that another drafter gave, or those alone."""
         states, max_depth = self.req_states, self.config.num_speculative_tokens
-        num_nodes = self.config.num_nodes if self._shape is None else MAX_NODES
         rows = None if trunk is None else trunk[:2]
         if self._matches:
             grown = ngram_match(
@@ -72,14 +65,14 @@ class NgramTreeSpeculator(BaseSpeculator):
                 slots,
                 min_n=self.config.ngram_prompt_lookup_min,
                 max_n=self.config.ngram_prompt_lookup_max,
-                num_nodes=num_nodes,
+                num_nodes=self.num_nodes,
                 max_depth=max_depth,
             )
             rows = grown[:2]
             if trunk is not None:
-                rows = graft(trunk, rows, num_nodes, max_depth)[:2]
+                rows = graft(trunk, rows, self.num_nodes, max_depth)[:2]
         assert rows is not None
         tokens, parents = rows
-        if self._shape is not None:
-            tokens, parents = self._shape.fit(tokens, parents)
+        if self.shape is not None:
+            tokens, parents = self.shape.fit(tokens, parents)
         return encode(tokens, parents, states.last_sampled_tokens[slots], states.chain_only[slots])

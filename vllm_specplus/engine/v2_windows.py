@@ -11,15 +11,9 @@ from vllm_specplus.engine.compat_v2 import (
     CUDAGraphMode,
     InputBatch,
     MultiModuleMTPSpeculator,
-    init_speculator,
 )
 from vllm_specplus.engine.drafters.modules import ModulesSpeculator, has_several_modules
-from vllm_specplus.engine.drafters.trees import (
-    Ends,
-    GrowingEagleSpeculator,
-    GrowingMixin,
-    GrowingMTPSpeculator,
-)
+from vllm_specplus.engine.drafters.trees import Ends, GrowingMixin, init_growing
 from vllm_specplus.engine.v2_chain import with_depth
 
 
@@ -123,14 +117,9 @@ class ModuleWindowsSpeculator(WindowsSpeculator, ModulesSpeculator):
 
 
 def init_trunk(vllm_config: VllmConfig, *args: Any) -> Any:
-    """vLLM's `init_speculator` for what grows trees or has a tree around it, whose path may leave
-    the chain."""
+    """vLLM's `init_speculator` for what grows trees, whose accepted path may leave its chain."""
     options = vllm_config.speculative_config
-    if options.use_multi_module_mtp():
-        own = has_several_modules(options)
-        return (ModuleWindowsSpeculator if own else WindowsSpeculator)(vllm_config, args[0])
-    if options.method in ("eagle", "eagle3"):
-        return GrowingEagleSpeculator(vllm_config, args[0])
-    if options.method == "mtp" and not options.use_gemma4_mtp():
-        return GrowingMTPSpeculator(vllm_config, args[0])
-    return init_speculator(vllm_config, *args)
+    if not options.use_multi_module_mtp():
+        return init_growing(vllm_config, *args)
+    own = has_several_modules(options)
+    return (ModuleWindowsSpeculator if own else WindowsSpeculator)(vllm_config, args[0])

@@ -11,12 +11,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from specplus_kernels.tree_grow import TreeRows as Grown
 
 from vllm_specplus.core.draft_tree import DraftTree, below, level_width, path_masks
-from vllm_specplus.core.static_shape import StaticShape
+from vllm_specplus.core.graft import Trunk
 from vllm_specplus.engine.attention import TreeRows, TreeRowsMixin
 from vllm_specplus.engine.compat import VllmConfig, async_tensor_h2d, init_logger
 from vllm_specplus.engine.compat_v2 import (
@@ -25,7 +23,9 @@ from vllm_specplus.engine.compat_v2 import (
     InputBatch,
     MTPSpeculator,
     build_slot_mappings_by_layer,
+    init_speculator,
 )
+from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 
 logger = init_logger(__name__)
 
@@ -90,18 +90,19 @@ class GrowingMixin(DraftModelSpeculator):
         self,
         batch: InputBatch,
         num_sampled: torch.Tensor,
-        chain_only: torch.Tensor,
-        shape: StaticShape | None,
-        num_nodes: int,
-        room: int,
-    ) -> Grown:
-        """Trees of up to `num_nodes` nodes for a batch that `propose` has drafted for.
+        trees: NgramTreeSpeculator,
+        width: int | None,
+    ) -> Trunk:
+        """Trees for a batch that `propose` has drafted for, as `trees` wants them: at most `width`
+        of their nodes are verified, the better half of all before any n-gram.
 
-        room: rows of a level that a request has KV slots for.
+        A level has no more rows than that, for which there always are KV slots.
         """
         num_reqs, num_levels = batch.num_reqs, self.num_speculative_steps
-        room = min(room, self.max_model_len, self.max_num_tokens // num_reqs)
-        tree, slots = DraftTree(num_levels, chain_only, shape), self._num_slots(batch)
+        num_nodes = trees.config.num_nodes
+        room = min(width or num_nodes, self.max_model_len, self.max_num_tokens // num_reqs)
+        chain_only = trees.req_states.chain_only[batch.idx_mapping[:num_reqs]]
+        tree, slots = DraftTree(num_levels, chain_only, trees.shape), self._num_slots(batch)
         logits = self.compute_draft_logits(self._last_states[:num_reqs], 0)
         states = self._last_states.new_empty(num_reqs, 1, 0, self.hidden_size)
         drafts = None
@@ -117,16 +118,15 @@ class GrowingMixin(DraftModelSpeculator):
             last, states = self._run_level(level, tree.paths, ends.positions, states, drafts)
             logits = self.compute_draft_logits(last, level)
         tree.branch(logits, 1, drafts)
-        return tree.rows(num_nodes)
+        rows = tree.rows(trees.num_nodes)
+        return Trunk(rows.tokens, rows.parents, num_first=-(-num_nodes // 2))
 
     def _num_slots(self, batch: InputBatch) -> torch.Tensor:
         """KV slots of each request, int64 [num_reqs]: its blocks', as the host knows them."""
         tables = self.block_tables
-        slots = (
-            tables.num_blocks.np[:, batch.idx_mapping_np] * np.array(tables.block_sizes)[:, None]
-        )
-        groups = [index for index, groups in enumerate(self.attn_groups) if groups]
-        return async_tensor_h2d(slots[groups].min(0), self.device, torch.int64)
+        slots = tables.num_blocks.np[:, batch.idx_mapping_np].T * tables.block_sizes
+        drafts = [bool(groups) for groups in self.attn_groups]
+        return async_tensor_h2d(slots[:, drafts].min(1), self.device, torch.int64)
 
     def _run_level(
         self,
@@ -199,3 +199,13 @@ class GrowingEagleSpeculator(GrowingMixin, EagleSpeculator):
 
 class GrowingMTPSpeculator(GrowingMixin, MTPSpeculator):
     """vLLM's one MTP module, unrolled."""
+
+
+def init_growing(vllm_config: VllmConfig, *args: Any) -> Any:
+    """vLLM's `init_speculator` for one module or a draft model."""
+    options = vllm_config.speculative_config
+    if options.method in ("eagle", "eagle3"):
+        return GrowingEagleSpeculator(vllm_config, args[0])
+    if options.method == "mtp" and not options.use_gemma4_mtp():
+        return GrowingMTPSpeculator(vllm_config, args[0])
+    return init_speculator(vllm_config, *args)
