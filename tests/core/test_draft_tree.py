@@ -7,6 +7,8 @@ drafts that mean nothing kept.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from specplus_kernels import dispatch
@@ -22,6 +24,8 @@ from vllm_specplus.core.draft_tree import (
 from vllm_specplus.core.growth import Path, chain_paths, grow
 from vllm_specplus.core.static_shape import StaticShape
 
+Provider = Literal["reference", "triton"]
+PROVIDERS: list[Provider] = ["reference", "triton"] if dispatch.HAS_TRITON else ["reference"]
 VOCAB_SIZE, NUM_REQS = 50, 3
 SHAPE: list[Path] = [(0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0), (0, 0, 0)]
 
@@ -50,13 +54,11 @@ def expected(
     return grow(lambda path: children.get(path, ()), num_nodes, len(widths) + 1).paths()
 
 
-@pytest.mark.parametrize(
-    "provider", ["reference", "triton"] if dispatch.HAS_TRITON else ["reference"]
-)
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("shape", [None, SHAPE])
 @pytest.mark.parametrize(("num_levels", "room"), [(1, 4), (3, 12), (4, 5)])
 def test_grows_the_likeliest_nodes(
-    num_levels: int, room: int, shape: list[Path] | None, provider: str
+    num_levels: int, room: int, shape: list[Path] | None, provider: Provider
 ) -> None:
     chain_only = torch.tensor([False, True, False])
     fits = None if shape is None else StaticShape(shape, torch.device("cpu"))
