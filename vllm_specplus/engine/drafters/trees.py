@@ -50,6 +50,9 @@ class GrowingMixin(DraftModelSpeculator):
     grows: whether there can be trees: drafts are not drawn, and attention knows what a tree is.
     """
 
+    hidden_states: torch.Tensor
+    inputs_embeds: torch.Tensor | None
+    last_token_indices: torch.Tensor
     grows = False
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -152,7 +155,7 @@ class GrowingMixin(DraftModelSpeculator):
         self.input_buffers.input_ids[:num_rows] = paths.flatten()
         self.input_buffers.positions[:num_rows] = positions
         self.hidden_states[:num_rows] = hidden_states.flatten(0, 2)
-        if getattr(self, "inputs_embeds", None) is not None:
+        if self.inputs_embeds is not None:
             self.inputs_embeds[:num_rows] = self.model.embed_input_ids(
                 self.input_buffers.input_ids[:num_rows]
             )
