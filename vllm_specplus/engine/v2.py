@@ -266,7 +266,7 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
 def init_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> NgramTreeSpeculator | ChainDrafter:
-    """vLLM's `init_speculator` for trees: n-grams, around the chain of a drafter of vLLM if any."""
+    """vLLM's `init_speculator` for trees: of n-grams, of a drafter of vLLM, or of both."""
     ngram = NgramTreeSpeculator(vllm_config, device, req_states)
     if vllm_config.speculative_config.use_ngram():
         return ngram

@@ -95,6 +95,11 @@ V2_HOST_METHODS: dict[str, str] = {
     "build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
     "async_tensor_h2d": "data device dtype",
     "DraftModelSpeculator.attn_vllm_config": "",
+    "DraftModelSpeculator.set_attn": "model_state kv_cache_config block_tables "
+    "target_input_buffers target_attn_groups",
+    "DraftModelSpeculator.compute_draft_logits": "hidden_states spec_step_idx",
+    "EagleSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
+    "MTPSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
     "DraftModelSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states "
     "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
@@ -156,7 +161,10 @@ V2_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
-    methods=("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+    methods=(
+        *("ngram", "mtp", "mtp3", "eagle", "eagle3"),
+        *("draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+    ),
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",
 )
 V2_CPU_ENGINE = replace(
