@@ -36,7 +36,7 @@ from tests.engine.v2_draft_engines import (
 )
 from vllm_specplus.core import draft_tree
 from vllm_specplus.engine.drafters.trees import GrowingMixin
-from vllm_specplus.engine.v2_windows import WindowsSpeculator
+from vllm_specplus.engine.drafters.windows import WindowsSpeculator
 from vllm_specplus.proposers.heads.checkpoint import load_heads
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 

@@ -44,10 +44,10 @@ from vllm_specplus.engine.compat_v2 import (
     model_runner,
     resolve_model_state_cls,
 )
+from vllm_specplus.engine.drafters.windows import init_trunk
 from vllm_specplus.engine.v2_chain import ChainDrafter, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
-from vllm_specplus.engine.v2_windows import init_trunk
 from vllm_specplus.errors import not_built
 
 _RULES: dict[Verify, Rule] = {
