@@ -80,7 +80,10 @@ def tune(
         texts = [prompt.text for prompt in read_prompts(prompts)]
         tuned = measure(options, texts[:: -(-len(texts) // limit)])
     out.write_text(tuned.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    console, best = Console(), Table("batch", "speculative_tree", "accepted", "expected speed")
+    console, best = (
+        Console(markup=False),
+        Table("batch", "speculative_tree", "accepted", "expected speed"),
+    )
     best.title = f"{tuned.speculative_model}, num_speculative_tokens={depth}"
     for batch_size, found in tuned.recommended.items():
         tree = found.speculative_tree or "none: drafts do not pay"

@@ -38,7 +38,6 @@ def test_text_equals_plain(model, method, feature):
     assert len(drafting.spec_round.proposer._requests) == 1
 
 
-@pytest.mark.slow
 def test_all_features_in_one_batch():
     asked = mixed(arrivals=lambda index: index // 3)[::2]
     plain = reference("llama", asked)

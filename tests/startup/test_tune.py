@@ -67,7 +67,8 @@ def tune(tmp_path: Path, *arguments: str) -> tuple[Any, Path]:
 def test_a_model_is_tuned(tmp_path: Path) -> None:
     result, out = tune(tmp_path, "--method", "ngram")
     assert result.exit_code == 0, result.output
-    assert f"tuned:{out}" in result.output.replace("\n", "") and "batch" in result.output
+    assert f"tuned:{out}" in result.output.replace("\n", "")
+    assert "[ngram], num_speculative_tokens=4" in " ".join(result.output.split())
     found = json.loads(out.read_text())
     assert set(found["recommended"]) == {str(size) for size in BATCH_SIZES}
     assert len(found["rates"]) == 4 and all(0 <= r <= 1 for rates in found["rates"] for r in rates)
