@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vllm_specplus.core.cost import CostModel
+from vllm_specplus.core.cost import CostModel, fastest
 
 CURVE = {1: 17.9, 4: 19.0, 8: 23.3, 16: 29.2, 32: 44.9}
 
@@ -36,6 +36,25 @@ def test_points_are_hit_and_joined_by_lines_also_beyond() -> None:
 
 def test_noise_in_the_measurement_never_makes_more_rows_cheaper() -> None:
     assert (np.diff(CostModel({1: 10, 2: 9.8, 4: 12}).step_ms(np.arange(1, 9))) >= 0).all()
+
+
+def test_a_disturbed_point_does_not_make_more_rows_dear() -> None:
+    """The largest so far instead of the least ahead, 14 for both, was seen to fail."""
+    assert CostModel({1: 10, 2: 14, 4: 11, 8: 13}).step_ms(np.array([2, 4, 8])).tolist() == [
+        11,
+        11,
+        13,
+    ]
+
+
+def test_what_disturbs_three_measurements_on_end_is_not_in_the_curve() -> None:
+    """Point after point instead of in turns was seen to fail."""
+    calls = iter(range(99))
+    assert fastest(lambda rows: rows + 50.0 * (3 <= next(calls) < 6), (1, 2, 4), 3) == {
+        1: 1,
+        2: 2,
+        4: 4,
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -13,16 +13,27 @@ _LEAST_PART = 0.2
 _FAR = 1_000_000
 
 
+def fastest(
+    ms_of: Callable[[int], float], points: Iterable[int], repeats: int = 5
+) -> dict[int, float]:
+    """The least of several measurements at each point, in turns: what disturbs the machine for a
+    while disturbs one of each."""
+    points = list(points)
+    timed = [[ms_of(point) for point in points] for _ in range(repeats)]
+    return dict(zip(points, map(min, zip(*timed, strict=True)), strict=True))
+
+
 class CostModel:
     """Milliseconds per step: linear between the measured points, and beyond them as at the end.
 
-    step_ms: total rows -> ms, one point or more; made monotone.
+    step_ms: total rows -> ms, one point or more. What disturbs a measurement adds to it, so no
+    point is taken to cost more than one of more rows.
     spec_ms: what a step with drafts takes on top, however many rows it has.
     """
 
     def __init__(self, step_ms: Mapping[int, float], spec_ms: float = 0.0) -> None:
         rows, ms = np.array(sorted(step_ms.items()), dtype=np.float64).T
-        ms = np.maximum.accumulate(ms)
+        ms = np.minimum.accumulate(ms[::-1])[::-1]
         slope = (ms[-1] - ms[-2]) / (rows[-1] - rows[-2]) if len(rows) > 1 else 0.0
         rows, ms = np.append(rows, rows[-1] + _FAR), np.append(ms, ms[-1] + slope * _FAR)
         self.spec_ms = spec_ms

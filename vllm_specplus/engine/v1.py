@@ -17,6 +17,7 @@ import torch
 from specplus_kernels.kv_commit import KVCommitPlan
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.core.cost import fastest
 from vllm_specplus.core.step_clock import StepClock
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine.attention import attach_tree
@@ -113,7 +114,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
                 self.drafter.modules.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
-    def measure_step_costs(self, repeats: int = 3) -> dict[int, float]:
+    def measure_step_costs(self) -> dict[int, float]:
         """Milliseconds that the target's forward pass takes at 1, 2, 4, ... rows.
 
         Attention and the host's work are left out: the budget learns them while serving.
@@ -121,7 +122,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         most = self.max_num_reqs * (1 + self.num_spec_tokens)
         most = min(most, self.max_num_tokens, _MOST_ROWS_TIMED)
         points = sorted({min(1 << i, most) for i in range(_MOST_ROWS_TIMED.bit_length())})
-        return {rows: min(self._time_rows(rows) for _ in range(repeats)) for rows in points}
+        return fastest(self._time_rows, points)
 
     @torch.inference_mode()
     def measure_level_costs(self) -> None:

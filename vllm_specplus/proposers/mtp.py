@@ -24,7 +24,7 @@ from math import exp, log, log2
 import torch
 
 from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.core.cost import CostModel
+from vllm_specplus.core.cost import CostModel, fastest
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
@@ -229,9 +229,7 @@ class MtpProposer(Proposer):
         most = max(num_modules, 3) if "mtp3" in self.config.method else num_modules
         return min(most, self.config.num_speculative_tokens)
 
-    def measure_levels(
-        self, target: Callable[[], object], hidden_states: torch.Tensor, repeats: int = 3
-    ) -> None:
+    def measure_levels(self, target: Callable[[], object], hidden_states: torch.Tensor) -> None:
         """Times a level at several numbers of rows, in KV slots of the batch's row 0: before it is
         in use.
 
@@ -247,8 +245,7 @@ class MtpProposer(Proposer):
             self.model.best_tokens(0, frontier, NUM_CHILDREN)
             return 1e3 * (time.perf_counter() - began)
 
-        timed = {num: min(level_ms(num) for _ in range(repeats)) for num in (1, MAX_FRONTIER, 64)}
-        self._gate.cost = CostModel(timed)
+        self._gate.cost = CostModel(fastest(level_ms, (1, MAX_FRONTIER, 64)))
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         # Where a request starts behind cached blocks, the modules see the keys and values that an
