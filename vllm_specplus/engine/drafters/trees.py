@@ -224,8 +224,8 @@ class GrowingDraftSpeculator(GrowingMixin, StandaloneARSpeculator):
 
     takes_states = False
 
-    def _run_model(self, ids: torch.Tensor, positions: torch.Tensor, *args: Any) -> Any:
-        last = StandaloneARSpeculator._run_model(self, ids, positions, *args)
+    def _run_model(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
+        last = StandaloneARSpeculator._run_model(self, input_ids, positions, *args, **kwargs)
         self._keep(0, positions, last, last[:, :0])
         return last
 
@@ -235,9 +235,9 @@ class GrowingDraftSpeculator(GrowingMixin, StandaloneARSpeculator):
         last = StandaloneARSpeculator._run_model(self, *rows, *metadata, None)
         return last, last[:, :0]
 
-    def _multi_step_decode(self, *args: Any) -> None:
+    def _multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
         if not self.grows:
-            super()._multi_step_decode(*args)
+            super()._multi_step_decode(*args, **kwargs)
 
 
 def init_growing(vllm_config: VllmConfig, *args: Any) -> Any:
