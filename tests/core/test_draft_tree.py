@@ -1,8 +1,8 @@
 """DraftTree against `growth.grow`, which takes what a beam of plain Python has looked at.
 
-Sabotages that were caught: the second best child for the best, paths taken from the node itself and
-not from the one above, children of all parents ranked as one's, chains that leave the best node,
-drafts that mean nothing kept.
+Sabotages that were caught: the second best child for the best, paths of another node than the one
+above, chains that leave the best node, drafts that mean nothing kept, shapes that are ignored or
+whose rows are not followed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""graft against paths: the grafted tree holds the chain's paths and the tree's, each once.
+"""graft against paths: the grafted tree holds the trunk's paths and the tree's, each once.
 
-Sabotages that were caught: parents not renumbered, `shared` without the ancestors' test or with
-half of it, new rows one too low.
+Sabotages that were caught: parents one too far, shared nodes without the ancestors' test or with
+only the first level of it, one node more before the tree, shared nodes that stay behind it.
 """
 
 from __future__ import annotations
@@ -59,6 +59,24 @@ def test_paths_of_both_are_there_once(
         own_chain = [tuple(chain[:d]) for d in range(1, depth + 1)]
         leaving = [path for path in paths_of([-1, *t], [-1, *p]) if path not in own_chain]
         assert paths_of(out_tokens, out_parents) == (own_chain + leaving)[:num_nodes]
+
+
+@given(trees(), trees(), st.integers(0, 6), st.integers(1, 16))
+def test_a_tree_is_grafted_after_the_first_of_a_trunk(
+    trunk: tuple[list[int], list[int], list[int]],
+    tree: tuple[list[int], list[int], list[int]],
+    num_first: int,
+    num_nodes: int,
+) -> None:
+    padding = [0] * 2
+    rows = [
+        tree_rows(torch.tensor([t + padding]), torch.tensor([p + padding]), torch.tensor([len(t)]))
+        for _, t, p in (trunk, tree)
+    ]
+    got = graft(Trunk(*rows[0][:2], num_first), rows[1][:2], num_nodes, max_depth=9)
+    of_trunk, of_tree = (paths_of([-1, *t], [-1, *p]) for _, t, p in (trunk, tree))
+    wanted = dict.fromkeys([*of_trunk[:num_first], *of_tree, *of_trunk[num_first:]])
+    assert paths_of(got.tokens[0].tolist(), got.parents[0].tolist()) == [*wanted][:num_nodes]
 
 
 def test_docs() -> None:

@@ -57,7 +57,7 @@ HIDDEN_STATES: tuple[HiddenStateFrom, ...] = ("previous", "target")
 def trunk(name: str) -> None:
     """vLLM's own chain, and a tree that has room for nothing else."""
     wanted, native = requests(name), drafting(name)
-    ours, plain = drafting(name, DEPTH, name == "draft"), texts(engine(DRAFTERS[name][1]), wanted)
+    ours, plain = drafting(name, DEPTH, ngram=False), texts(engine(DRAFTERS[name][1]), wanted)
     with chains():
         assert texts(native, wanted) == texts(ours, wanted) == plain
     assert ours.extra_tokens == native.extra_tokens > 0
@@ -316,7 +316,7 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
     if name == "mtp, 3 modules":
         chunks = dict(max_num_batched_tokens=32)
         runs["left chain, chunked prompts"] = lambda: left_chain(name, **chunks)
-    if name in ("heads", "mtp, 3 modules", "eagle"):
+    if name in ("heads", "mtp, 3 modules", "eagle", "draft"):
         runs["second best"] = lambda: second(name)
     if name == "mtp3, mimo":
         runs = {"trunk": of_all["trunk"]}

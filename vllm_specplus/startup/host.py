@@ -99,6 +99,9 @@ V2_HOST_METHODS: dict[str, str] = {
     "target_input_buffers target_attn_groups",
     "DraftModelSpeculator.compute_draft_logits": "hidden_states spec_step_idx",
     "EagleSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
+    "StandaloneARSpeculator._run_model": "input_ids positions attn_metadata slot_mappings "
+    "num_tokens_across_dp",
+    "StandaloneARSpeculator._multi_step_decode": "",
     "MTPSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
     "DraftModelSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states "
     "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
@@ -162,7 +165,7 @@ V2_ENGINE = Engine(
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
     methods=(
-        *("ngram", "mtp", "mtp3", "eagle", "eagle3"),
+        *("ngram", "draft", "mtp", "mtp3", "eagle", "eagle3"),
         *("draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
     ),
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",

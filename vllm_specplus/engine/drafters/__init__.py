@@ -1,1 +1,1 @@
-"""MTP drafters: trained heads on either runner, and a target's own modules."""
+"""Drafters: trained heads on either runner, a target's own modules, and trees grown from vLLM's."""

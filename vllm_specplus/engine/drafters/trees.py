@@ -22,6 +22,7 @@ from vllm_specplus.engine.compat_v2 import (
     EagleSpeculator,
     InputBatch,
     MTPSpeculator,
+    StandaloneARSpeculator,
     build_slot_mappings_by_layer,
     init_speculator,
 )
@@ -48,18 +49,20 @@ class GrowingMixin(DraftModelSpeculator):
     level the hidden states that a row behind its last final one takes.
 
     grows: whether there can be trees: drafts are not drawn, and attention knows what a tree is.
+    takes_states: whether it takes hidden states; else its first pass goes up to the root itself,
+    into the first of the slots that are set aside for a draft.
     """
 
     hidden_states: torch.Tensor
     inputs_embeds: torch.Tensor | None
     last_token_indices: torch.Tensor
-    grows = False
+    grows, takes_states = False, True
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        of_levels = self.num_speculative_steps, self.max_num_reqs, self.hidden_size
-        self._level_states = torch.zeros(of_levels, dtype=self.dtype, device=device)
-        self._last_states = torch.zeros_like(self._level_states[0])
+        of_rows, size = self.max_num_reqs, self.hidden_size * self.takes_states
+        self._last_states = torch.zeros(of_rows, self.hidden_size, dtype=self.dtype, device=device)
+        self._level_states = self._last_states.new_zeros(self.num_speculative_steps, of_rows, size)
         self._last_positions = torch.zeros_like(self.last_token_indices)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
@@ -73,13 +76,17 @@ class GrowingMixin(DraftModelSpeculator):
 
     def _run_model(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         last, hidden_states = super()._run_model(*args, **kwargs)
-        level = kwargs.get("spec_module_idx", 0)
+        level, positions = kwargs.get("spec_module_idx", 0), self.input_buffers.positions
+        self._keep(level, positions, last, hidden_states)
+        return last, hidden_states
+
+    def _keep(self, level: int, positions: torch.Tensor, *states: torch.Tensor) -> None:
+        last, hidden_states = states
         rows = (self.last_token_indices - level).clamp(0, len(last) - 1)
         self._level_states[level] = hidden_states[rows]
         if not level:
             self._last_states.copy_(last[rows])
-            self._last_positions.copy_(self.input_buffers.positions[rows])
-        return last, hidden_states
+            self._last_positions.copy_(positions[rows])
 
     def _ends(self, level: int, num_reqs: int) -> Ends:
         """One module for all levels: its rows follow each other."""
@@ -89,6 +96,15 @@ class GrowingMixin(DraftModelSpeculator):
     def _module(self, level: int) -> dict[str, int]:
         """How `_run_model` is told of the module of a level."""
         return {}
+
+    def _run_rows(self, level: int, states: torch.Tensor, *metadata: Any) -> Any:
+        """`_run_model` for rows whose tokens and positions lie in the buffers."""
+        num_rows = len(states)
+        self.hidden_states[:num_rows] = states
+        if self.inputs_embeds is not None:
+            ids = self.input_buffers.input_ids[:num_rows]
+            self.inputs_embeds[:num_rows] = self.model.embed_input_ids(ids)
+        return super()._run_model(num_rows, *metadata, None, **self._module(level))
 
     @torch.inference_mode()
     def grow(
@@ -106,11 +122,12 @@ class GrowingMixin(DraftModelSpeculator):
         """
         num_reqs, num_levels = batch.num_reqs, self.num_speculative_steps
         num_nodes = trees.config.num_nodes
-        room = min(num_verified or num_nodes, self.max_model_len, self.max_num_tokens // num_reqs)
+        room = (num_verified or num_nodes) - (not self.takes_states)
+        room = min(room, self.max_model_len, self.max_num_tokens // num_reqs)
         chain_only = trees.req_states.chain_only[batch.idx_mapping[:num_reqs]]
         tree, slots = DraftTree(num_levels, chain_only, trees.shape), self._num_slots(batch)
         logits = self.compute_draft_logits(self._last_states[:num_reqs], 0)
-        states = self._last_states.new_empty(num_reqs, 1, 0, self.hidden_size)
+        states = self._last_states.new_empty(num_reqs, 1, 0, self._level_states.shape[2])
         drafts = None
         for level in range(1, num_levels):
             width = min(level_width(level, room), max(1, MAX_LOGITS // num_reqs))
@@ -154,16 +171,10 @@ class GrowingMixin(DraftModelSpeculator):
         positions = (begins[:, None, None] + depths).clamp(0, self.max_model_len - 1).flatten()
         self.input_buffers.input_ids[:num_rows] = paths.flatten()
         self.input_buffers.positions[:num_rows] = positions
-        self.hidden_states[:num_rows] = hidden_states.flatten(0, 2)
-        if self.inputs_embeds is not None:
-            self.inputs_embeds[:num_rows] = self.model.embed_input_ids(
-                self.input_buffers.input_ids[:num_rows]
-            )
         attention, slots = self._attention(positions, begins, drafts, width, level)
-        module = self._module(level)
-        last, hidden = super()._run_model(num_rows, attention, slots, None, **module)
-        last = last.view(num_reqs, width, level, -1)[:, :, -1].flatten(0, 1)
-        return last, hidden.view(num_reqs, width, level, -1)
+        last, hidden = self._run_rows(level, hidden_states.flatten(0, 2), attention, slots)
+        last, hidden = (part.unflatten(0, (num_reqs, width, level)) for part in (last, hidden))
+        return last[:, :, -1].flatten(0, 1), hidden
 
     def _attention(
         self,
@@ -208,11 +219,34 @@ class GrowingMTPSpeculator(GrowingMixin, MTPSpeculator):
     """vLLM's one MTP module, unrolled."""
 
 
+class GrowingDraftSpeculator(GrowingMixin, StandaloneARSpeculator):
+    """vLLM's draft model."""
+
+    takes_states = False
+
+    def _run_model(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
+        last = StandaloneARSpeculator._run_model(self, input_ids, positions, *args, **kwargs)
+        self._keep(0, positions, last, last[:, :0])
+        return last
+
+    def _run_rows(self, level: int, states: torch.Tensor, *metadata: Any) -> Any:
+        buffers, num_rows = self.input_buffers, len(states)
+        rows = buffers.input_ids[:num_rows], buffers.positions[:num_rows]
+        last = StandaloneARSpeculator._run_model(self, *rows, *metadata, None)
+        return last, last[:, :0]
+
+    def _multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
+        if not self.grows:
+            super()._multi_step_decode(*args, **kwargs)
+
+
 def init_growing(vllm_config: VllmConfig, *args: Any) -> Any:
     """vLLM's `init_speculator` for one module or a draft model."""
     options = vllm_config.speculative_config
     if options.method in ("eagle", "eagle3"):
         return GrowingEagleSpeculator(vllm_config, args[0])
+    if options.uses_draft_model():
+        return GrowingDraftSpeculator(vllm_config, args[0])
     if options.method == "mtp" and not options.use_gemma4_mtp():
         return GrowingMTPSpeculator(vllm_config, args[0])
     return init_speculator(vllm_config, *args)
