@@ -2,7 +2,7 @@
 
 Sabotages that were caught: the second best child for the best, paths of another node than the one
 above, chains that leave the best node, drafts that mean nothing kept, shapes that are ignored or
-whose rows are not followed.
+whose rows are not followed, leaves that take places of the frontier.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ PROVIDERS: list[Provider] = ["reference", "triton"] if dispatch.HAS_TRITON else 
 VOCAB_SIZE, NUM_REQS = 50, 3
 SHAPE: list[Path] = [(0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0), (0, 0, 0)]
 
+LATE: list[Path] = [(0,), (0, 0), (0, 1), (0, 2), (0, 3), (0, 3, 0)]
+"""Only the worst leaf goes on."""
+
 
 def logits_behind(request: int, path: Path) -> torch.Tensor:
     generator = torch.Generator().manual_seed(hash((request, *path)) % 2**31)
@@ -50,12 +53,14 @@ def expected(
                 if paths is None or (*ranks, rank) in paths:
                     children.setdefault(path, []).append((token, logprob))
                     grown.append(((*path, token), (*ranks, rank), score + logprob))
-        frontier = sorted(grown, key=lambda node: -node[2])[:width]
+        ranked = sorted(grown, key=lambda node: -node[2])
+        inner = None if paths is None else {ranks[:-1] for ranks in paths}
+        frontier = [node for node in ranked if inner is None or node[1] in inner][:width]
     return grow(lambda path: children.get(path, ()), num_nodes, len(widths) + 1).paths()
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("shape", [None, SHAPE])
+@pytest.mark.parametrize("shape", [None, SHAPE, LATE])
 @pytest.mark.parametrize(("num_levels", "room"), [(1, 4), (3, 12), (4, 5)])
 def test_grows_the_likeliest_nodes(
     num_levels: int, room: int, shape: list[Path] | None, provider: Provider

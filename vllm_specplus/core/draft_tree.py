@@ -84,6 +84,8 @@ class DraftTree:
             rows = self._shape.children(self._shape_rows, NUM_CHILDREN)
             refused = refused | (rows < 0)
         scores.masked_fill_(refused, -torch.inf)
+        if self._shape is not None:
+            scores = scores.masked_fill(~self._shape.has_children(rows), -torch.inf)
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
         if self._shape is not None:
             self._shape_rows = rows.gather(1, best)

@@ -31,6 +31,10 @@ class StaticShape:
         children = self._children[rows.clamp(min=0)[:, :, None], ranks]
         return children.where(rows[:, :, None] >= 0, -1).flatten(1)
 
+    def has_children(self, rows: torch.Tensor) -> torch.Tensor:
+        """Whether the shape goes on below each of `rows`, bool in their shape."""
+        return (self._children >= 0).any(1)[rows.clamp(min=0)] & (rows >= 0)
+
     def fit(self, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts nodes in the shape's rows, [num_reqs, rows] both; free rows have token -1.
 

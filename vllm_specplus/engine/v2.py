@@ -35,6 +35,7 @@ from vllm_specplus.engine.compat import (
     scoped,
 )
 from vllm_specplus.engine.compat_v2 import (
+    AttentionGroup,
     BlockTables,
     DefaultModelState,
     GPUModelRunner,
@@ -148,7 +149,7 @@ class TreeModelState(DefaultModelState):
         cudagraph_mode: Any,
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
-        attn_groups: Any,
+        attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
         for_capture: bool = False,
         ubatch_idx: int = 0,
@@ -175,8 +176,8 @@ class TreeModelState(DefaultModelState):
             trees = self._trees(input_batch, for_capture)
             for groups, block_table in zip(attn_groups, block_tables, strict=True):
                 for group in groups:
-                    rows = TreeRows(block_table=block_table, **trees)
-                    metadata[group.layer_names[0]].tree = rows
+                    table = group.map_to_kernel_block_table(block_table)
+                    metadata[group.layer_names[0]].tree = TreeRows(block_table=table, **trees)
         return metadata
 
     def _stage(self, input_batch: InputBatch) -> None:

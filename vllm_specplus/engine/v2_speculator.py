@@ -71,7 +71,9 @@ class NgramTreeSpeculator(BaseSpeculator):
             )
             rows = grown[:2]
             if trunk is not None:
-                rows = graft(trunk, rows, self.num_nodes, max_depth)[:2]
+                # A request that may not branch keeps the drafter's chain, down to its end.
+                branching = grown.tokens.masked_fill(states.chain_only[slots][:, None], -1)
+                rows = graft(trunk, (branching, grown.parents), self.num_nodes, max_depth)[:2]
         assert rows is not None
         tokens, parents = rows
         if self.shape is not None:

@@ -91,6 +91,7 @@ V2_HOST_METHODS: dict[str, str] = {
     "Sampler.apply_sampling_params": "logits expanded_idx_mapping idx_mapping idx_mapping_np pos "
     "input_ids expanded_local_pos seq_lens_upper_bound_np",
     "AttentionBackendEnum.clear_override": "",
+    "AttentionGroup.map_to_kernel_block_table": "block_table ubatch_idx",
     "BlockTables.compute_slot_mappings": "idx_mapping query_start_loc positions num_tokens_padded",
     "build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
     "async_tensor_h2d": "data device dtype",

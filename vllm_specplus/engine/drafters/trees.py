@@ -73,6 +73,8 @@ class GrowingMixin(DraftModelSpeculator):
         self.grows = masked and self.draft_logits is None
         if not masked:
             logger.warning_once("The drafter's attention knows no trees: it drafts a chain.")
+        elif not self.grows:
+            logger.info_once("Sampled drafts are a chain: trees are grown of the likeliest tokens.")
 
     def _run_model(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         last, hidden_states = super()._run_model(*args, **kwargs)
@@ -121,8 +123,8 @@ class GrowingMixin(DraftModelSpeculator):
         that, for which there are KV slots but at the very end of the longest request.
         """
         num_reqs, num_levels = batch.num_reqs, self.num_speculative_steps
-        num_nodes = trees.config.num_nodes
-        room = (num_verified or num_nodes) - (not self.takes_states)
+        num_nodes = num_verified or trees.config.num_nodes
+        room = num_nodes - (not self.takes_states)
         room = min(room, self.max_model_len, self.max_num_tokens // num_reqs)
         chain_only = trees.req_states.chain_only[batch.idx_mapping[:num_reqs]]
         tree, slots = DraftTree(num_levels, chain_only, trees.shape), self._num_slots(batch)
@@ -204,9 +206,10 @@ class GrowingMixin(DraftModelSpeculator):
             table = self.block_tables.input_block_tables[index][:num_reqs]
             block = table.gather(1, (places // size).clamp(0, table.shape[1] - 1))
             mappings.append((block * size + places % size).where(drafts[:, None], -1).flatten())
-            rows = SimpleNamespace(tree=TreeRows(block_table=table, **tree))
-            groups = self.attn_groups[index]
-            metadata |= {name: rows for group in groups for name in group.layer_names}
+            for group in self.attn_groups[index]:
+                blocks = group.map_to_kernel_block_table(table)
+                rows = SimpleNamespace(tree=TreeRows(block_table=blocks, **tree))
+                metadata |= dict.fromkeys(group.layer_names, rows)
         slots = build_slot_mappings_by_layer(torch.stack(mappings), self.kv_cache_config)
         return metadata, slots
 
