@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 from tests.engine.models import BUILDERS, WORDS, save
 from tests.train.tiny import load_teacher, write_samples
 from vllm_specplus.cli import main
-from vllm_specplus.proposers.heads.checkpoint import check_fits, load_heads
+from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.train import command
 from vllm_specplus.train.text import TextFile
 from vllm_specplus.train.trainer import HeadsTrainer

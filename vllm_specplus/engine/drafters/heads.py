@@ -18,12 +18,8 @@ from vllm_specplus.engine.compat import (
     VocabParallelEmbedding,
     init_logger,
 )
-from vllm_specplus.proposers.heads.checkpoint import (
-    HeadsCheckpoint,
-    check_fits,
-    embedding_sha256,
-    load_heads,
-)
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
+from vllm_specplus.proposers.heads.files import check_fits, embedding_sha256
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 
 logger = init_logger(__name__)

@@ -25,7 +25,8 @@ from vllm_specplus.engine.compat import (
 )
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
 from vllm_specplus.engine.drafters.heads import warn_of_another_target
-from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint
+from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.levels import RequestRows
 
