@@ -1,7 +1,7 @@
 """The user's options, validated in one place: methods, trees and `SpecPlusConfig`.
 
 Trees have a text form that `parse_tree` reads and `str` writes back: `chain`,
-`static:[(0,),(0,0),(1,)]` or `dynamic:12`.
+`static:[(0,),(0,0),(1,)]` or `dynamic:12`; published ones have names, `medusa:mc_sim_7b_63`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from vllm_specplus.errors import OptionError, bad_option, not_built
+from vllm_specplus.medusa_trees import MEDUSA_TREES
 
 MAX_NODES = 127
 """Nodes of one tree: with the root they are the 128 rows of an ancestor mask."""
@@ -201,15 +202,16 @@ def parse_tree(value: str | TreeSpec) -> TreeSpec:
         return Chain()
     if kind == "dynamic" and re.fullmatch(r"-?\d{1,9}", rest.strip()):
         return DynamicTree(int(rest))
-    if kind == "static":
-        paths = _literal_paths(rest)
-        if paths is not None:
-            return StaticTree(paths)
+    paths = _literal_paths(rest) if kind == "static" else None
+    paths = MEDUSA_TREES.get(rest.strip()) if kind == "medusa" else paths
+    if paths is not None:
+        return StaticTree(paths)
     raise bad_option(
         "speculative_tree",
         value,
         "cannot be read",
-        "write 'chain', 'dynamic:12' or 'static:[(0,),(0,0),(1,)]', one path of ranks per node",
+        "write 'chain', 'dynamic:12', 'medusa:mc_sim_7b_63' or 'static:[(0,),(0,0),(1,)]', one "
+        "path of ranks per node",
     )
 
 

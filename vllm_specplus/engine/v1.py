@@ -36,10 +36,12 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingMetadata,
     SamplingType,
 )
+from vllm_specplus.engine.drafters.medusa_cpu import packed_medusa
 from vllm_specplus.engine.drafters.mtp import PagedHeads
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.medusa import MedusaProposer
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.round import Moves, SpecRound, Staged
 
@@ -64,6 +66,9 @@ class TreeDrafter:
             num_levels = proposer.num_levels(checkpoint.config.num_modules)
             self.heads = PagedHeads(checkpoint, target_model, self._vllm_config, num_levels)
             proposer.model = self.heads
+        elif isinstance(proposer, MedusaProposer):
+            heads = packed_medusa(proposer.config, target_model, self._vllm_config)
+            proposer.model, proposer.num_heads = heads, heads.config.num_heads
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")

@@ -31,6 +31,7 @@ from vllm_specplus.engine.compat import (
     SamplingParams,
     VllmConfig,
     async_tensor_h2d,
+    init_logger,
     registered_backend,
     scoped,
 )
@@ -44,17 +45,21 @@ from vllm_specplus.engine.compat_v2 import (
     model_runner,
     resolve_model_state_cls,
 )
+from vllm_specplus.engine.drafters.medusa_v2 import MedusaTreeSpeculator
 from vllm_specplus.engine.v2_chain import ChainDrafter, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.engine.v2_windows import init_trunk
 from vllm_specplus.errors import not_built
 
+logger = init_logger(__name__)
+
 _RULES: dict[Verify, Rule] = {
     "auto": "match",
     "match": "match",
     "rejection": "recursive",
     "traversal": "traversal",
+    "typical": "typical",
 }
 
 
@@ -73,6 +78,11 @@ class TreeModelState(DefaultModelState):
         self.has_trees = True
         self.max_depth = config.num_speculative_tokens
         self.rule = _RULES[config.verify]
+        if self.rule == "typical":
+            logger.warning_once(
+                "speculative_verify='typical' is lossy: sampled text does not follow the model's "
+                "distribution (greedy text does); 'auto' is exact."
+            )
         self.path = torch.empty(0)
         self._slot_mappings: torch.Tensor | None = None
         self._layers: list[list[Any]] = []
@@ -266,8 +276,12 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
 def init_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> NgramTreeSpeculator | ChainDrafter:
-    """vLLM's `init_speculator` for trees: n-grams, around the chain of a drafter of vLLM if any."""
-    ngram = NgramTreeSpeculator(vllm_config, device, req_states)
+    """vLLM's `init_speculator` for trees: Medusa heads or n-grams, around the chain of a drafter of
+    vLLM if any."""
+    options = SpecPlusConfig.model_validate(vllm_config.additional_config["specplus"])
+    medusa = any(spec.name == "medusa" for spec in options.methods)
+    cls = MedusaTreeSpeculator if medusa else NgramTreeSpeculator
+    ngram = cls(vllm_config, device, req_states)
     if vllm_config.speculative_config.use_ngram():
         return ngram
     chain_config = with_depth(vllm_config, ngram.config.num_speculative_tokens)
@@ -289,3 +303,5 @@ class TreeRunner(GPUModelRunner):
             for kind, backend in self.backends().items():
                 stack.enter_context(registered_backend(kind, backend))
             super().load_model(*args, **kwargs)
+        if isinstance(self.speculator, MedusaTreeSpeculator):
+            self.speculator.load_model(self.model, self.model_state)

@@ -67,4 +67,11 @@ class NgramTreeSpeculator(BaseSpeculator):
             tokens, parents = graft(trunk, tokens, parents, grown.depths, num_nodes)
         if self._shape is not None:
             tokens, parents = self._shape.fit(tokens, parents)
+        return self.encoded(tokens, parents, slots)
+
+    def encoded(
+        self, tokens: torch.Tensor, parents: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """The codes of trees, [num_reqs, num_nodes + 1] with their roots."""
+        states = self.req_states
         return encode(tokens, parents, states.last_sampled_tokens[slots], states.chain_only[slots])

@@ -1,4 +1,5 @@
 """Drafting methods: one file each, registered by name."""
 
-from vllm_specplus.proposers import mtp as mtp  # they register themselves
+from vllm_specplus.proposers import medusa as medusa  # they register themselves
+from vllm_specplus.proposers import mtp as mtp
 from vllm_specplus.proposers import ngram as ngram

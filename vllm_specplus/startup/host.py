@@ -143,7 +143,7 @@ CPU_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
     compat=("compat.py", "compat_cpu.py"),
     hooks=HOST_METHODS,
-    methods=("ngram", "mtp", "mtp3", "mtp+ngram", "mtp3+ngram"),
+    methods=("ngram", "mtp", "mtp3", "medusa", "mtp+ngram", "mtp3+ngram", "medusa+ngram"),
 )
 V2_ENGINE = Engine(
     name="v2",
@@ -152,7 +152,10 @@ V2_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
-    methods=("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+    methods=(
+        *("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+        *("medusa", "medusa+ngram"),
+    ),
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",
 )
 V2_CPU_ENGINE = replace(

@@ -24,7 +24,7 @@ from vllm_specplus.engine.compat import (
     VocabParallelEmbedding,
 )
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
-from vllm_specplus.engine.drafters.heads import warn_of_another_target
+from vllm_specplus.engine.drafters.heads import language_model, warn_of_another_target
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint
 from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.mtp import MTPHeads
@@ -63,13 +63,12 @@ class PagedHeads:
 
     def _share(self, target: Any, vocab_size: int) -> None:
         """Takes the target's embedding and the rows of its head that drafts are chosen from."""
-        if hasattr(target, "get_language_model"):
-            target = target.get_language_model()
+        target = language_model(target)
         embedding, head = target.model.embed_tokens, target.lm_head
-        self._embedding = _rows(embedding, torch.arange(vocab_size), copy=False)
+        self._embedding = gathered_rows(embedding, torch.arange(vocab_size), copy=False)
         if self._draft_vocab is None:
             self._draft_vocab = torch.arange(vocab_size)
-        self._head = PackedLinear(_rows(head, self._draft_vocab, copy=True))
+        self._head = PackedLinear(gathered_rows(head, self._draft_vocab, copy=True))
 
     def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
         """Tells the runner's block table of a KV cache group."""
@@ -164,7 +163,7 @@ def pack_linear_layers(module: nn.Module) -> None:
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias))
 
 
-def _rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:
+def gathered_rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:
     """Rows of an embedding or of a head, [num_tokens, hidden_size], gathered from all ranks."""
     if layer.tp_size == 1 and not copy:
         return layer.weight[: len(token_ids)]

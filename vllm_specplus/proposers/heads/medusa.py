@@ -81,9 +81,8 @@ class MedusaHeads(nn.Module):
         return tokens if self.draft_vocab is None else self.draft_vocab[tokens], logprobs
 
     def _best(self, head: int, hidden: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        to_logits = self.shared
-        if self.lm_heads:
-            to_logits = self.lm_heads[min(head, len(self.lm_heads) - 1)]
+        own = self.lm_heads
+        to_logits = own[min(head, len(own) - 1)] if own else self.shared
         logits = to_logits(self.blocks[head](hidden)).float() * self.config.logit_scale
         best, tokens = logits.topk(min(num, logits.shape[1]))
         return tokens, best - logits.logsumexp(1, keepdim=True)
