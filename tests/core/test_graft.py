@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from specplus_kernels.tree_grow.rows import tree_rows
 
 from vllm_specplus.core import graft as module
-from vllm_specplus.core.graft import graft
+from vllm_specplus.core.graft import Trunk, graft
 
 
 def paths_of(tokens: list[int], parents: list[int]) -> list[tuple[int, ...]]:
@@ -51,7 +51,7 @@ def test_paths_of_both_are_there_once(
     tokens = torch.tensor([t + [0] * (width - len(t)) for _, t, _ in batch])
     parents = torch.tensor([p + [0] * (width - len(p)) for _, _, p in batch])
     rows = tree_rows(tokens, parents, torch.tensor([len(t) for _, t, _ in batch]))
-    got = graft(torch.tensor(chains), rows.tokens, rows.parents, rows.depths, num_nodes)
+    got = graft(Trunk.chain(torch.tensor(chains)), rows[:2], num_nodes, max_depth=width)[:2]
     assert all(x.shape == (len(batch), num_nodes + 1) for x in got)
     for chain, (_, t, p), out_tokens, out_parents in zip(
         chains, batch, got[0].tolist(), got[1].tolist(), strict=True

@@ -14,10 +14,8 @@ from __future__ import annotations
 import tests.engine.interpreter  # noqa: F401  (before vLLM)
 
 # isort: split
-import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from itertools import chain as chain_of
 from pathlib import Path
 from typing import Any
@@ -25,83 +23,43 @@ from unittest import mock
 
 import numpy as np
 import torch
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backend import max_decode_query_len
 
 from tests.engine import v2
 from tests.engine.distribution import PROMPT, conditionals, joint
-from tests.engine.drafters import BUILDERS, HEADS, drafter_path
-from tests.engine.engines import DEFAULTS, Engine, Request
-from tests.engine.heads import fitted
+from tests.engine.drafters import drafter_path
+from tests.engine.engines import Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_distribution import SMALLEST_P, p_value
+from tests.engine.v2_draft_engines import (
+    DEPTH,
+    DRAFTERS,
+    NUM_NODES,
+    drafting,
+    engine,
+    requests,
+    texts,
+)
 from tests.engine.v2_draft_kv import as_prompts_leave_it, branches, keeping
+from tests.engine.v2_draft_trees import by_heart, chains, dense, second
+from vllm_specplus.core.graft import Trunk
 from vllm_specplus.core.mtp_models import MTP_MODELS, HiddenStateFrom
 from vllm_specplus.engine import v2_chain as chain
 from vllm_specplus.engine import v2_speculator
 
-DEPTH, NUM_NODES = 3, 8
 LENGTH, NUM_SEQUENCES = 3, 320
-KNOWN = 6
-"""Tokens at the start of a text that heads know by heart, which are its prompt."""
 HIDDEN_STATES: tuple[HiddenStateFrom, ...] = ("previous", "target")
-DRAFTERS = {
-    "draft": ("draft", "target"),
-    "eagle": ("eagle", "target"),
-    "eagle3": ("eagle3", "target"),
-    "mtp, 1 module": ("mtp", "glm1"),
-    "mtp, 3 modules": ("mtp", "glm3"),
-    "heads": ("mtp3", "llama"),
-    "mtp3, 2 modules": ("mtp3", "glm2"),
-    "mtp3, mimo": ("mtp3", "mimo"),
-}
-"""Name -> method and target. A drafter in a folder of its own has the name of its builder."""
-_STARTED: list[Engine] = []
-
-
-@cache
-def engine(target: str, options: tuple[tuple[str, Any], ...] = ()) -> Engine:
-    settings = DEFAULTS | dict(max_num_seqs=8, skip_tokenizer_init=True) | dict(options)
-    _STARTED.append(Engine(LLM(drafter_path(target), **settings), None))
-    return _STARTED[-1]
-
-
-def drafting(name: str, num_nodes: int | None = None, **options: Any) -> Engine:
-    """vLLM's own chain, or a tree of `num_nodes` around it."""
-    method, target = DRAFTERS[name]
-    path = drafter_path(name) if name in BUILDERS else ""
-    methods = method if num_nodes is None else f"{method}+ngram"
-    options |= dict(speculative_model=f"[{methods}]{path}", num_speculative_tokens=DEPTH)
-    if num_nodes is not None:
-        options["speculative_tree"] = f"dynamic:{num_nodes}"
-    return engine(target, tuple(options.items()))
-
-
-def prompts(name: str, num: int) -> list[list[int]]:
-    """Random tokens; for heads, what they know the continuation of."""
-    if name == "heads":
-        return [text[:KNOWN] for text in fitted("llama", **HEADS)[1][:num]]
-    rng = random.Random(5)
-    return [[rng.randrange(TINY_VOCAB_SIZE) for _ in range(5 + 4 * i)] for i in range(num)]
-
-
-def requests(name: str, num: int = 6, **options: Any) -> list[Request]:
-    length = 50 if name == "heads" else 20  # longer than what is known by heart
-    settings = dict(temperature=0, max_tokens=length, ignore_eos=True) | options
-    return [Request(prompt, SamplingParams(**settings)) for prompt in prompts(name, num)]
-
-
-def texts(run_by: Engine, wanted: list[Request]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in run_by.run(wanted)]
 
 
 def trunk(name: str) -> None:
     """vLLM's own chain, and a tree that has room for nothing else."""
-    wanted, native, ours = requests(name), drafting(name), drafting(name, DEPTH)
-    plain = texts(engine(DRAFTERS[name][1]), wanted)
-    assert texts(native, wanted) == texts(ours, wanted) == plain
+    wanted, native = requests(name), drafting(name)
+    ours, plain = drafting(name, DEPTH, name == "draft"), texts(engine(DRAFTERS[name][1]), wanted)
+    with chains():
+        assert texts(native, wanted) == texts(ours, wanted) == plain
     assert ours.extra_tokens == native.extra_tokens > 0
 
 
@@ -122,7 +80,7 @@ def seeded(name: str, num: int = 6) -> list[Request]:
 
 def preemption(name: str) -> None:
     wanted = requests(name, max_tokens=70)
-    options: dict[str, Any] = dict(num_gpu_blocks_override=16, max_model_len=256)
+    options: dict[str, Any] = dict(num_gpu_blocks_override=12, max_model_len=256)
     scheduler = drafting(name, NUM_NODES, **options).scheduler
     with mock.patch.object(
         scheduler, "_preempt_request", side_effect=scheduler._preempt_request
@@ -136,7 +94,7 @@ def asynchronous(name: str) -> None:
         tree(name, requests(name), max_num_seqs=6)
 
 
-def behind_decoys(trunk: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def behind_decoys(trunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`graft` with a wrong sibling before every node of the trunk, so that all of it must move."""
     nodes = torch.stack([(trunk + 1) % TINY_VOCAB_SIZE, trunk], 2).flatten(1)
     parents = torch.tensor([-1, *(2 * depth for depth in range(DEPTH) for _ in range(2))])
@@ -150,11 +108,11 @@ def moved_trunk(name: str) -> None:
     plain = texts(native, wanted)
     of, drafted = chain.chain_batch, []
 
-    def recorded(trunk: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        drafted.append(trunk.tolist())
-        return behind_decoys(trunk, *rest)
+    def recorded(trunk: Trunk, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        drafted.append(trunk.tokens.tolist())
+        return behind_decoys(trunk.tokens[:, 1 : 1 + DEPTH])
 
-    with mock.patch.object(v2_speculator, "graft", recorded):
+    with chains(), mock.patch.object(v2_speculator, "graft", recorded):
         assert texts(ours, wanted) == plain
         accepted, with_path = ours.extra_tokens, drafted.copy()
         drafted.clear()
@@ -183,9 +141,10 @@ def left_chain(name: str, **options: Any) -> None:
 def few_rows(name: str) -> None:
     """Steps that have no rows to spare for all, where as many are run again as were rejected: that
     is enough for a path that is the chain's."""
-    wanted, options = requests(name), dict(max_num_batched_tokens=24, max_num_seqs=6)
+    wanted = requests(name)
+    options: dict[str, Any] = dict(max_num_batched_tokens=24, max_num_seqs=6)
     plain, native = texts(engine(DRAFTERS[name][1]), wanted), drafting(name, **options)
-    ours = drafting(name, DEPTH, **options)
+    ours = drafting(name, DEPTH, ngram=False, **options)
     rooms, of = [], chain.chain_batch
 
     def recorded(batch: Any, path: Any, depth: int, *rest: int) -> chain.Chains:
@@ -200,7 +159,7 @@ def few_rows(name: str) -> None:
         return windows
 
     assert texts(native, wanted) == plain
-    with mock.patch.object(chain, "chain_batch", recorded), keeping(ours) as kept:
+    with chains(), mock.patch.object(chain, "chain_batch", recorded), keeping(ours) as kept:
         assert texts(ours, wanted) == plain
         assert ours.extra_tokens == native.extra_tokens > 0
         assert min(rooms) < max(rooms) and len(kept) > len(wanted)
@@ -284,16 +243,15 @@ def conventions(target: str, trained: str) -> None:
     for hidden_state_from in HIDDEN_STATES:
         row = replace(MTP_MODELS["glm4_moe_mtp"], hidden_state_from=hidden_state_from)
         with mock.patch.dict(MTP_MODELS, {"glm4_moe_mtp": row}):
-            for method in ("mtp3", "mtp3+ngram"):
-                options = dict(speculative_model=f"[{method}]", num_speculative_tokens=DEPTH)
-                if method != "mtp3":
-                    options["speculative_tree"] = f"dynamic:{DEPTH}"
+            for shape in ("chain", f"dynamic:{DEPTH}"):
+                options = dict(speculative_model="[mtp3]", speculative_tree=shape)
                 ours = engine.__wrapped__(target, tuple(options.items()))
-                assert texts(ours, wanted) == plain
-                accepted[hidden_state_from, method] = ours.extra_tokens
+                with chains():
+                    assert texts(ours, wanted) == plain
+                accepted[hidden_state_from, shape] = ours.extra_tokens
     for hidden_state_from in HIDDEN_STATES:
-        assert accepted[hidden_state_from, "mtp3"] == accepted[hidden_state_from, "mtp3+ngram"]
-    right, wrong = (accepted[h, "mtp3"] for h in sorted(HIDDEN_STATES, key=lambda h: h != trained))
+        assert len({accepted[hidden_state_from, s] for s in ("chain", f"dynamic:{DEPTH}")}) == 1
+    right, wrong = (accepted[h, "chain"] for h in sorted(HIDDEN_STATES, key=lambda h: h != trained))
     assert right > 1.1 * wrong, accepted
 
 
@@ -330,20 +288,6 @@ def graphs(name: str) -> None:
     assert managers
 
 
-def by_heart(
-    hidden_state_from: str, tied: bool = False, model: str = "llama", depth: int = DEPTH
-) -> None:
-    """Heads that know texts by heart: nearly all that they draft is accepted."""
-    heads, learned = fitted(model, **HEADS | dict(hidden_state_from=hidden_state_from, tied=tied))
-    options = dict(speculative_model=f"[mtp3]{heads}", num_speculative_tokens=depth)
-    chain = engine(model, tuple(options.items()))
-    known, rest = [text[:KNOWN] for text in learned], [text[KNOWN:] for text in learned]
-    settings = SamplingParams(temperature=0, max_tokens=len(rest[0]), ignore_eos=True)
-    assert texts(chain, [Request(prompt, settings) for prompt in known]) == rest
-    num_drafts = -(-(len(rest[0]) - 1) // (1 + depth))
-    assert chain.extra_tokens > 0.9 * len(rest) * (len(rest[0]) - 1 - num_drafts)
-
-
 def scenarios(name: str) -> dict[str, Callable[[], None]]:
     """vLLM tells models with experts from others by process, so they are groups of their own."""
     group = "experts" if "glm" in DRAFTERS[name][1] else "drafter"
@@ -372,6 +316,8 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
     if name == "mtp, 3 modules":
         chunks = dict(max_num_batched_tokens=32)
         runs["left chain, chunked prompts"] = lambda: left_chain(name, **chunks)
+    if name in ("heads", "mtp, 3 modules", "eagle"):
+        runs["second best"] = lambda: second(name)
     if name == "mtp3, mimo":
         runs = {"trunk": of_all["trunk"]}
     return {f"{group}: {name}, {title}": run for title, run in runs.items()}
@@ -387,6 +333,10 @@ SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).i
     "experts: mtp3, trained on the target": lambda: conventions("glm3 from target", "target"),
     "drafter: draft, distribution by rejection": lambda: distribution("rejection"),
     "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
+    "drafter: heads, trees of the dense modules": lambda: dense("previous"),
+    "drafter: heads that take the target's states, trees of the dense modules": lambda: dense(
+        "target", tied=True
+    ),
     "drafter: heads, by heart": lambda: by_heart("previous"),
     "drafter: heads that take the target's states, by heart": lambda: by_heart("target", tied=True),
     "drafter: heads, 1 token, by heart": lambda: by_heart("previous", depth=1),

@@ -22,6 +22,15 @@ class StaticShape:
         self._children = children.to(device)  # [rows, rank] -> row; the last rank stands for others
         self._parents = torch.tensor([-1, *(row[path[:-1]] for path in paths)], device=device)
 
+    def children(self, rows: torch.Tensor, num: int) -> torch.Tensor:
+        """The shape's rows of the best `num` children of each of `rows`, [num_reqs, width] int64.
+
+        Returns [num_reqs, width * num]; -1 is no row and has no children.
+        """
+        ranks = torch.arange(num, device=rows.device).clamp(max=self._children.shape[1] - 1)
+        children = self._children[rows.clamp(min=0)[:, :, None], ranks]
+        return children.where(rows[:, :, None] >= 0, -1).flatten(1)
+
     def fit(self, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts nodes in the shape's rows, [num_reqs, rows] both; free rows have token -1.
 

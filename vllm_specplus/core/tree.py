@@ -152,7 +152,7 @@ class TreeBatch:
                 tokens[r, 1 : n + 1] = tree.tokens
                 parents[r, 1 : n + 1] = tree.parents
                 depths[r, : n + 1] = tree.depths()
-                masks[r, : n + 1] = _words(tree.ancestors(), words)
+                masks[r, : n + 1] = ancestor_words(tree.ancestors(), words)
                 is_sampled[r, 1 : n + 1] = tree.kind is QKind.SAMPLED
         num_nodes = np.array([len(tree) for tree in trees], dtype=np.int64)
 
@@ -174,7 +174,7 @@ class TreeBatch:
         return rows <= self.num_nodes[:, None]
 
 
-def _words(masks: Sequence[int], words: int) -> np.ndarray:
+def ancestor_words(masks: Sequence[int], words: int) -> np.ndarray:
     """Splits Python bitmasks into uint64 words: [len(masks), words]."""
     low = (1 << WORD_BITS) - 1
     return np.array(

@@ -31,7 +31,6 @@ from vllm_specplus.engine.compat import (
     SamplingParams,
     VllmConfig,
     async_tensor_h2d,
-    init_logger,
     registered_backend,
     scoped,
 )
@@ -51,8 +50,6 @@ from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
 from vllm_specplus.engine.v2_windows import init_trunk
 from vllm_specplus.errors import not_built
-
-logger = init_logger(__name__)
 
 _RULES: dict[Verify, Rule] = {
     "auto": "match",
@@ -78,11 +75,6 @@ class TreeModelState(DefaultModelState):
         self.has_trees = True
         self.max_depth = config.num_speculative_tokens
         self.rule = _RULES[config.verify]
-        if self.rule == "typical":
-            logger.warning_once(
-                "speculative_verify='typical' is lossy: sampled text does not follow the model's "
-                "distribution (greedy text does); 'auto' is exact."
-            )
         self.path = torch.empty(0)
         self._slot_mappings: torch.Tensor | None = None
         self._layers: list[list[Any]] = []
@@ -278,10 +270,9 @@ def init_tree_speculator(
 ) -> NgramTreeSpeculator | ChainDrafter:
     """vLLM's `init_speculator` for trees: Medusa heads or n-grams, around the chain of a drafter of
     vLLM if any."""
-    options = SpecPlusConfig.model_validate(vllm_config.additional_config["specplus"])
-    medusa = any(spec.name == "medusa" for spec in options.methods)
-    cls = MedusaTreeSpeculator if medusa else NgramTreeSpeculator
-    ngram = cls(vllm_config, device, req_states)
+    ngram = NgramTreeSpeculator(vllm_config, device, req_states)
+    if "medusa" in ngram.config.method:
+        return MedusaTreeSpeculator(vllm_config, device, req_states)
     if vllm_config.speculative_config.use_ngram():
         return ngram
     chain_config = with_depth(vllm_config, ngram.config.num_speculative_tokens)

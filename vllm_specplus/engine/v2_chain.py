@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import wrapt
 
+from vllm_specplus.core.graft import Trunk
 from vllm_specplus.engine.compat import VllmConfig, async_tensor_h2d, scoped
 from vllm_specplus.engine.compat_v2 import (
     CUDAGraphMode,
@@ -97,7 +98,7 @@ def chain_batch(
 
 
 class ChainDrafter(wrapt.ObjectProxy):
-    """A drafter of vLLM, whose chains become the trunks of n-gram trees."""
+    """A drafter of vLLM, whose chains or trees become the trunks of n-gram trees."""
 
     def __init__(self, drafter: Any, ngram: NgramTreeSpeculator) -> None:
         super().__init__(drafter)
@@ -150,6 +151,8 @@ class ChainDrafter(wrapt.ObjectProxy):
             if kwargs.get("mm_inputs"):
                 embeds, is_embed = kwargs["mm_inputs"]
                 kwargs["mm_inputs"] = embeds, is_embed[chains.committed]
+        ngram, width = self._self_ngram, num_speculative_tokens
+        grows = getattr(self, "grows", False) and width != 0 and not kwargs.get("dummy_run")
         if num_speculative_tokens is not None:
             num_speculative_tokens = min(num_speculative_tokens, self._self_depth)
         chain = self.__wrapped__.propose(
@@ -161,12 +164,15 @@ class ChainDrafter(wrapt.ObjectProxy):
             num_sampled,
             num_rejected,
             *args,
-            num_speculative_tokens=num_speculative_tokens,
+            num_speculative_tokens=1 if grows else num_speculative_tokens,
             **kwargs,
         )
-        if num_speculative_tokens == 0:
-            return self._self_ngram.nothing(input_batch)
-        return self._self_ngram.propose_on(chain, input_batch.idx_mapping)
+        if width == 0:
+            return ngram.nothing(input_batch)
+        trunk = Trunk.chain(chain)
+        if grows:
+            trunk = self.__wrapped__.grow(input_batch, num_sampled, ngram, width)
+        return ngram.propose_on(trunk, input_batch.idx_mapping[: input_batch.num_reqs])
 
     def _chains(self, batch: InputBatch) -> Chains:
         drafter, no_path = self.__wrapped__, batch.idx_mapping[: batch.num_reqs, None]

@@ -8,7 +8,7 @@ import torch
 from specplus_kernels.ngram_match import ngram_match
 
 from vllm_specplus.config import MAX_NODES, SpecPlusConfig, StaticTree
-from vllm_specplus.core.graft import graft
+from vllm_specplus.core.graft import Trunk, graft
 from vllm_specplus.core.static_shape import StaticShape
 from vllm_specplus.core.tree import encode
 from vllm_specplus.engine.compat import VllmConfig
@@ -16,7 +16,10 @@ from vllm_specplus.engine.compat_v2 import BaseSpeculator, InputBatch, RequestSt
 
 
 class NgramTreeSpeculator(BaseSpeculator):
-    """Trees from earlier occurrences of a request's last tokens (kernel `ngram_match`)."""
+    """Trees from earlier occurrences of a request's last tokens (kernel `ngram_match`).
+
+    shape: of static trees. num_nodes: what is drafted, of which a shape keeps what fits.
+    """
 
     supports_mm_inputs = False
     draft_logits = None
@@ -27,7 +30,9 @@ class NgramTreeSpeculator(BaseSpeculator):
         self.config = SpecPlusConfig.model_validate(vllm_config.additional_config["specplus"])
         self.req_states = req_states
         tree = self.config.tree
-        self._shape = StaticShape(tree.paths, device) if isinstance(tree, StaticTree) else None
+        self._matches = any(spec.name == "ngram" for spec in self.config.methods)
+        self.shape = StaticShape(tree.paths, device) if isinstance(tree, StaticTree) else None
+        self.num_nodes = self.config.num_nodes if self.shape is None else MAX_NODES
         req_states.chain_only = torch.zeros(
             req_states.max_num_reqs, dtype=torch.bool, device=device
         )
@@ -49,29 +54,25 @@ class NgramTreeSpeculator(BaseSpeculator):
         shape = (input_batch.num_reqs, self.config.num_nodes)
         return torch.full(shape, -1, dtype=torch.int64, device=input_batch.idx_mapping.device)
 
-    def propose_on(self, trunk: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
-        """The same around a chain that another drafter gave, int64 [num_reqs, depth]."""
-        states = self.req_states
-        num_nodes = self.config.num_nodes if self._shape is None else MAX_NODES
-        grown = ngram_match(
-            states.all_token_ids.gpu,
-            states.total_len.gpu,
-            slots,
-            min_n=self.config.ngram_prompt_lookup_min,
-            max_n=self.config.ngram_prompt_lookup_max,
-            num_nodes=num_nodes,
-            max_depth=self.config.num_speculative_tokens,
-        )
-        tokens, parents = grown.tokens, grown.parents
-        if trunk is not None:
-            tokens, parents = graft(trunk, tokens, parents, grown.depths, num_nodes)
-        if self._shape is not None:
-            tokens, parents = self._shape.fit(tokens, parents)
-        return self.encoded(tokens, parents, slots)
-
-    def encoded(
-        self, tokens: torch.Tensor, parents: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """The codes of trees, [num_reqs, num_nodes + 1] with their roots."""
-        states = self.req_states
+    def propose_on(self, trunk: Trunk | None, slots: torch.Tensor) -> torch.Tensor:
+        """The same around trees that another drafter gave, or those alone."""
+        states, max_depth = self.req_states, self.config.num_speculative_tokens
+        rows = None if trunk is None else trunk[:2]
+        if self._matches:
+            grown = ngram_match(
+                states.all_token_ids.gpu,
+                states.total_len.gpu,
+                slots,
+                min_n=self.config.ngram_prompt_lookup_min,
+                max_n=self.config.ngram_prompt_lookup_max,
+                num_nodes=self.num_nodes,
+                max_depth=max_depth,
+            )
+            rows = grown[:2]
+            if trunk is not None:
+                rows = graft(trunk, rows, self.num_nodes, max_depth)[:2]
+        assert rows is not None
+        tokens, parents = rows
+        if self.shape is not None:
+            tokens, parents = self.shape.fit(tokens, parents)
         return encode(tokens, parents, states.last_sampled_tokens[slots], states.chain_only[slots])

@@ -11,13 +11,13 @@ from vllm_specplus.engine.compat_v2 import (
     CUDAGraphMode,
     InputBatch,
     MultiModuleMTPSpeculator,
-    init_speculator,
 )
 from vllm_specplus.engine.drafters.modules import ModulesSpeculator, has_several_modules
+from vllm_specplus.engine.drafters.trees import Ends, GrowingMixin, init_growing
 from vllm_specplus.engine.v2_chain import with_depth
 
 
-class WindowsSpeculator(MultiModuleMTPSpeculator):
+class WindowsSpeculator(GrowingMixin, MultiModuleMTPSpeculator):
     """vLLM's speculator for several MTP modules, which runs earlier rows again.
 
     All modules run over the same rows of a request, its window; module k has, at position p, token
@@ -44,6 +44,16 @@ class WindowsSpeculator(MultiModuleMTPSpeculator):
         longest = self.num_speculative_steps + self.num_again
         with scoped(self, "num_speculative_steps", longest):
             super().init_cudagraph_manager(cudagraph_mode)
+
+    def _ends(self, level: int, num_reqs: int) -> Ends:
+        """The rows of a level are final up to one less with each level."""
+        lasts, starts = self.last_token_indices, self.input_buffers.query_start_loc
+        begins = self._last_positions[:num_reqs] + 1 - level
+        is_there = lasts[:num_reqs] + 1 - level >= starts[:num_reqs]
+        return Ends(begins, self._level_states[level - 1, :num_reqs], is_there)
+
+    def _module(self, level: int) -> dict[str, int]:
+        return {"spec_module_idx": level}
 
     def _prepare_inputs(
         self,
@@ -107,9 +117,9 @@ class ModuleWindowsSpeculator(WindowsSpeculator, ModulesSpeculator):
 
 
 def init_trunk(vllm_config: VllmConfig, *args: Any) -> Any:
-    """vLLM's `init_speculator` for what has a tree around it, whose path may leave the chain."""
+    """vLLM's `init_speculator` for what grows trees, whose accepted path may leave its chain."""
     options = vllm_config.speculative_config
     if not options.use_multi_module_mtp():
-        return init_speculator(vllm_config, *args)
+        return init_growing(vllm_config, *args)
     own = has_several_modules(options)
     return (ModuleWindowsSpeculator if own else WindowsSpeculator)(vllm_config, args[0])

@@ -153,7 +153,8 @@ V2_ENGINE = Engine(
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
     methods=(
-        *("ngram", "draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+        *("ngram", "mtp", "mtp3", "eagle", "eagle3"),
+        *("draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
         *("medusa", "medusa+ngram"),
     ),
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",

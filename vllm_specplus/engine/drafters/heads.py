@@ -64,7 +64,6 @@ class SpecPlusMTP(nn.Module):
             self.draft_vocab = self.draft_vocab.to(next(heads.parameters()).device)
         self.logits_processor = LogitsProcessor(self.vocab_size)
         self._head: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._target_states = torch.empty(0)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """All are loaded when the model is built, which checks them."""
@@ -82,22 +81,21 @@ class SpecPlusMTP(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         spec_step_idx: int = 0,
-    ) -> torch.Tensor:
-        """The hidden states of depth `spec_step_idx`, [num_tokens, hidden_size] like those above.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states of depth `spec_step_idx`, and those that the next depth takes: both
+        [num_tokens, hidden_size] like those above.
 
         input_ids: [num_tokens], the tokens behind the positions' own by the depth, plus one.
         """
-        if self.config.hidden_state_from == "target":
-            if spec_step_idx == 0:
-                self._target_states = hidden_states.clone()
-            hidden_states = self._target_states
         attention = self._attention[spec_step_idx]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attention(q.flatten(1), k.flatten(1), v.flatten(1)).view_as(q)
 
         module = self._modules_at[spec_step_idx]
-        return module(hidden_states, self.embed_input_ids(input_ids), positions, attend)
+        output = module(hidden_states, self.embed_input_ids(input_ids), positions, attend)
+        from_target = self.config.hidden_state_from == "target"
+        return output, hidden_states if from_target else output
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """[num_rows, vocab_size]; -inf outside the draft vocabulary."""

@@ -8,21 +8,24 @@ import torch
 from torch.nn.functional import pad
 
 from vllm_specplus.config import DynamicTree, StaticTree
+from vllm_specplus.core.graft import Trunk
 from vllm_specplus.core.growth import chain_paths
 from vllm_specplus.core.products import best_products
-from vllm_specplus.engine.compat import VllmConfig
+from vllm_specplus.engine.compat import VllmConfig, init_logger
 from vllm_specplus.engine.compat_v2 import InputBatch, RequestState
 from vllm_specplus.engine.drafters.medusa import load_beside
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.proposers.heads.medusa import MedusaHeads
 from vllm_specplus.proposers.medusa import NUM_CHILDREN
 
+logger = init_logger(__name__)
+
 
 class MedusaTreeSpeculator(NgramTreeSpeculator):
     """Drafts from the target's hidden state at the last accepted row of every request.
 
-    Chains and static trees take candidates by rank, dynamic ones the likeliest products. With
-    n-grams the heads' chain is the trunk of an n-gram tree.
+    Chains and static trees take candidates by rank, dynamic ones the likeliest products. n-grams
+    join where they are asked for: the better half of a tree comes before them.
     """
 
     heads: MedusaHeads
@@ -33,8 +36,13 @@ class MedusaTreeSpeculator(NgramTreeSpeculator):
     ) -> None:
         super().__init__(vllm_config, device, req_states)
         self._vllm_config, self._device = vllm_config, device
-        self._num, tree, depth = NUM_CHILDREN, self.config.tree, self.config.num_speculative_tokens
-        self._by_rank: torch.Tensor | None = None
+        if self.config.verify == "typical":
+            logger.warning_once(
+                "speculative_verify='typical' is lossy: sampled text does not follow the model's "
+                "distribution (greedy text does); 'auto' is exact."
+            )
+        tree, depth = self.config.tree, self.config.num_speculative_tokens
+        self._num, self._by_rank = NUM_CHILDREN, None
         if not isinstance(tree, DynamicTree):
             paths = tree.paths if isinstance(tree, StaticTree) else chain_paths(depth)
             row = {path: index for index, path in enumerate([(), *paths])}
@@ -63,13 +71,17 @@ class MedusaTreeSpeculator(NgramTreeSpeculator):
         if input_batch.num_draft_tokens and not kwargs.get("dummy_run"):
             rows = rows + self.model_state.path.amax(1)
         num_heads = min(self.heads.config.num_heads, self.config.num_speculative_tokens)
-        slots = input_batch.idx_mapping
-        tokens, logprobs = self.heads.best(last_hidden_states[rows], num_heads, self._num)
-        if self.config.method != "medusa":
-            return self.propose_on(tokens[:, :, 0], slots)
+        best = self.heads.best(last_hidden_states[rows], num_heads, self._num)
+        return self.propose_on(self._trunk(*best), input_batch.idx_mapping)
+
+    def _trunk(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Trunk:
+        """The heads' own trees. tokens, logprobs: [num_reqs, num_heads, num], best first."""
         if self._by_rank is None:
-            grown = best_products(tokens, logprobs, self.config.num_nodes)
-            return self.encoded(grown.tokens, grown.parents, slots)
+            grown = best_products(tokens, logprobs, self.num_nodes)
+            return Trunk(grown.tokens, grown.parents, -(-self.num_nodes // 2))
         depths, ranks, parents = self._by_rank
-        nodes = pad(tokens[:, depths, ranks], (1, 0), value=-1)
-        return self.encoded(nodes, pad(parents, (1, 0), value=-1).expand_as(nodes), slots)
+        there = depths < tokens.shape[1]  # what is deeper is left to n-grams
+        nodes = tokens[:, depths.clamp(max=tokens.shape[1] - 1), ranks].where(there, -1)
+        nodes = pad(nodes, (1, 0), value=-1)
+        parents = pad(parents, (1, 0), value=-1).expand_as(nodes)
+        return Trunk(nodes, parents, parents.shape[1] // 2 if self.shape else parents.shape[1] - 1)
