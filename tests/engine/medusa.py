@@ -12,6 +12,7 @@ import torch
 from tests.engine.engines import model_path
 from tests.engine.models import COMMON, VOCAB_SIZE
 from tests.train.tiny import (
+    SURE,
     corpus_of,
     load_teacher,
     on_itself,
@@ -61,6 +62,8 @@ def fitted_medusa(model: str) -> tuple[str, list[list[int]]]:
     limits: dict[str, Any] = dict(learning_rate=1e-2, max_tokens=300 * 8 * LENGTH)
     trainer = trainer_of(corpus, folder, heads, Medusa, **limits)
     trainer.run()
+    module: Any = trainer.heads.module
+    module.config = module.config.model_copy(update={"logit_scale": SURE})
     # All tokens, in an order of its own: a token that is not mapped back is never right.
     trainer.heads.save(folder / "heads", torch.arange(VOCAB_SIZE).flip(0), {})
     return str(folder / "heads"), [sample.token_ids for sample in samples]

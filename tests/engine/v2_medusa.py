@@ -46,8 +46,11 @@ def drafting(
 
 
 def equal(tree: str, method: str = "medusa", **options: Any) -> None:
-    """Batches of 4 and 1, greedy and seeded, with a vocabulary of their own heads' size."""
-    ours = drafting(random_medusa(own_heads=method != "medusa"), tree, method, (*options.items(),))
+    """Batches of 4 and 1, greedy and seeded, of heads over a part of the vocabulary; beside n-grams
+    of heads that have matrices of their own."""
+    own = method != "medusa"
+    depth = dict(num_speculative_tokens=NUM_HEADS + 2 * own)  # n-grams go on where heads end
+    ours = drafting(random_medusa(own), tree, method, (*(depth | options).items(),))
     for feature in ("greedy", "seed"):
         wanted = v2.asked(feature, 4)
         plain = v2.plain_run("llama", wanted, **options)
@@ -100,6 +103,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "medusa: static tree": lambda: equal(STATIC),
     "medusa: dynamic tree": lambda: equal(DYNAMIC),
     "medusa: beside n-grams": lambda: equal(DYNAMIC, "medusa+ngram"),
+    "medusa: chain beside n-grams": lambda: equal("chain", "medusa+ngram"),
     "medusa: chain, by heart": lambda: by_heart("chain"),
     "medusa: static tree, by heart": lambda: by_heart(STATIC),
     "medusa: dynamic tree, by heart": lambda: by_heart(DYNAMIC),

@@ -19,6 +19,7 @@ from vllm_specplus.train.text import Sample, Text
 from vllm_specplus.train.trainer import FitSettings, HeadsTrainer
 
 PROMPT_LEN = 6
+SURE = 8.0
 
 
 def save_target(folder: Path, kind: str = "llama") -> Path:
@@ -65,7 +66,7 @@ def sharpened(corpus: Corpus) -> Corpus:
     """The same text of a target that is surer of it: random ones hardly prefer their argmax."""
     sure = copy(corpus)
     sure.teacher = copy(corpus.teacher)
-    sure.teacher.head = 8 * corpus.teacher.head
+    sure.teacher.head = SURE * corpus.teacher.head
     return sure
 
 

@@ -20,6 +20,9 @@ from vllm_specplus.proposers.medusa import NUM_CHILDREN
 
 logger = init_logger(__name__)
 
+_AFTER_ALL_OTHERS = -1e4
+"""Log-probability of what leaves the chain of a request that gets one."""
+
 
 class MedusaTreeSpeculator(NgramTreeSpeculator):
     """Drafts from the target's hidden state at the last accepted row of every request.
@@ -72,11 +75,15 @@ class MedusaTreeSpeculator(NgramTreeSpeculator):
             rows = rows + self.model_state.path.amax(1)
         num_heads = min(self.heads.config.num_heads, self.config.num_speculative_tokens)
         best = self.heads.best(last_hidden_states[rows], num_heads, self._num)
-        return self.propose_on(self._trunk(*best), input_batch.idx_mapping)
+        slots = input_batch.idx_mapping[: len(rows)]
+        return self.propose_on(self._trunk(*best, self.req_states.chain_only[slots]), slots)
 
-    def _trunk(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Trunk:
+    def _trunk(
+        self, tokens: torch.Tensor, logprobs: torch.Tensor, chain_only: torch.Tensor
+    ) -> Trunk:
         """The heads' own trees. tokens, logprobs: [num_reqs, num_heads, num], best first."""
         if self._by_rank is None:
+            logprobs[:, :, 1:].masked_fill_(chain_only[:, None, None], _AFTER_ALL_OTHERS)
             grown = best_products(tokens, logprobs, self.num_nodes)
             return Trunk(grown.tokens, grown.parents, -(-self.num_nodes // 2))
         depths, ranks, parents = self._by_rank
