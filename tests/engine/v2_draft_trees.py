@@ -1,4 +1,11 @@
-"""Trees that V2 grows from a drafter, held against what the drafter says of each of their paths."""
+"""Trees that V2 grows from a drafter, held against what the drafter says of each of their paths.
+
+Sabotages that `dense` and, of heads, `second` were seen to catch: rows that see only themselves, or
+all rows before them; positions one too far; keys and values one slot too early; paths that begin
+one position too early; with states of the module before, hidden states of another path. `dense`
+alone: hidden states of the first level at every level. `second` and tests/core/test_draft_tree.py
+alone, as they choose the nodes: the path of another parent.
+"""
 
 from __future__ import annotations
 

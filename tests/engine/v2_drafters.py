@@ -293,7 +293,7 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
     group = "experts" if "glm" in DRAFTERS[name][1] else "drafter"
     of_all = {
         "trunk": lambda: trunk(name),
-        "tree": lambda: tree(name, requests(name)),
+        "tree": lambda: tree(name, [*requests(name), *requests(name, 1, presence_penalty=0.5)]),
         "tree, seed": lambda: tree(name, seeded(name)),
         "moved trunk": lambda: moved_trunk(name),
         "left chain": lambda: left_chain(name),

@@ -138,14 +138,16 @@ def test_heads_go_to_our_engine(method: str, tree: str, model: str, tmp_path: Pa
     assert str(config.tree) == tree
 
 
-@pytest.mark.parametrize("method", ["mtp3", "mtp3+ngram"])
+@pytest.mark.parametrize(
+    ("method", "trees"), [("mtp3", False), ("mtp3", True), ("mtp3+ngram", True)]
+)
 def test_heads_are_a_draft_model_of_vllm_on_v2(
-    method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, trees: bool, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("wanted_engine", "tree_engine"):
         monkeypatch.setattr(options, name, lambda: host.V2_ENGINE)
     wanted: dict[str, Any] = {"speculative_model": f"[{method}]{tmp_path}"}
-    wanted |= TREE_OF_HEADS if method == "mtp3+ngram" else {"num_speculative_tokens": 3}
+    wanted |= TREE_OF_HEADS if trees else {"num_speculative_tokens": 3}
     save_heads(tmp_path, heads(), modules(heads()))
     with pytest.raises(OptionError, match="do not say in our format what vocab_size"):
         by_keywords(model, **wanted)
@@ -156,7 +158,6 @@ def test_heads_are_a_draft_model_of_vllm_on_v2(
         "model": str(tmp_path),
         "num_speculative_tokens": 3,
     }
-    trees = method == "mtp3+ngram"
     assert arguments.worker_cls == (host.V2_ENGINE.worker_cls if trees else "auto")
     config = AutoConfig.from_pretrained(tmp_path)
     assert (config.model_type, config.architectures) == ("mtp", ["SpecPlusMTP"])

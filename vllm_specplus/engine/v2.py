@@ -268,8 +268,7 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
 def init_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> NgramTreeSpeculator | ChainDrafter:
-    """vLLM's `init_speculator` for trees: Medusa heads or n-grams, around the chain of a drafter of
-    vLLM if any."""
+    """vLLM's `init_speculator` for trees: of n-grams, Medusa heads, a drafter of vLLM, or two."""
     ngram = NgramTreeSpeculator(vllm_config, device, req_states)
     if "medusa" in ngram.config.method:
         return MedusaTreeSpeculator(vllm_config, device, req_states)

@@ -3,7 +3,7 @@
 A drafter of vLLM reads the rows of the target's batch as one sequence, the last of them rejected.
 Of a tree it gets the rows of the accepted path, 1 + depth for each request, however many nodes the
 tree had: its batch and its metadata are those of a chain. Several MTP modules get free rows too
-(`v2_windows.py`).
+(`v2_windows.py`). What it drafts is a tree of its own (`drafters/trees.py`) or a chain.
 """
 
 from __future__ import annotations

@@ -91,11 +91,16 @@ V2_HOST_METHODS: dict[str, str] = {
     "build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
     "async_tensor_h2d": "data device dtype",
     "DraftModelSpeculator.attn_vllm_config": "",
+    "DraftModelSpeculator.set_attn": "model_state kv_cache_config block_tables "
+    "target_input_buffers target_attn_groups",
+    "DraftModelSpeculator.compute_draft_logits": "hidden_states spec_step_idx",
+    "EagleSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
+    "MTPSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
     "DraftModelSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states "
     "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
     "BaseSpeculator.capture": "",
-    "BaseSpeculator.propose": "input_batch",
+    "BaseSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states",
     "MultiModuleMTPSpeculator.load_draft_model": "target_model target_attn_layer_names",
     "MultiModuleMTPSpeculator._prepare_inputs": "target_hidden_states input_batch num_tokens "
     "max_query_len num_sampled num_rejected last_sampled next_prefill_tokens mm_inputs",

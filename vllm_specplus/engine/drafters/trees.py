@@ -28,6 +28,8 @@ from vllm_specplus.engine.compat_v2 import (
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 
 logger = init_logger(__name__)
+MAX_LOGITS = 1024
+"""Nodes whose logits a level has, all requests together: vLLM measured its memory without them."""
 
 
 class Ends(NamedTuple):
@@ -48,6 +50,9 @@ class GrowingMixin(DraftModelSpeculator):
     grows: whether there can be trees: drafts are not drawn, and attention knows what a tree is.
     """
 
+    hidden_states: torch.Tensor
+    inputs_embeds: torch.Tensor | None
+    last_token_indices: torch.Tensor
     grows = False
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -91,23 +96,25 @@ class GrowingMixin(DraftModelSpeculator):
         batch: InputBatch,
         num_sampled: torch.Tensor,
         trees: NgramTreeSpeculator,
-        width: int | None,
+        num_verified: int | None,
     ) -> Trunk:
-        """Trees for a batch that `propose` has drafted for, as `trees` wants them: at most `width`
-        of their nodes are verified, the better half of all before any n-gram.
+        """Trees for a batch that `propose` has drafted for, as `trees` wants them; the better half
+        of their nodes comes before any n-gram.
 
-        A level has no more rows than that, for which there always are KV slots.
+        num_verified: so many nodes will be looked at, None: all. A level has no more rows than
+        that, for which there are KV slots but at the very end of the longest request.
         """
         num_reqs, num_levels = batch.num_reqs, self.num_speculative_steps
         num_nodes = trees.config.num_nodes
-        room = min(width or num_nodes, self.max_model_len, self.max_num_tokens // num_reqs)
+        room = min(num_verified or num_nodes, self.max_model_len, self.max_num_tokens // num_reqs)
         chain_only = trees.req_states.chain_only[batch.idx_mapping[:num_reqs]]
         tree, slots = DraftTree(num_levels, chain_only, trees.shape), self._num_slots(batch)
         logits = self.compute_draft_logits(self._last_states[:num_reqs], 0)
         states = self._last_states.new_empty(num_reqs, 1, 0, self.hidden_size)
         drafts = None
         for level in range(1, num_levels):
-            if not (width := level_width(level, room)):
+            width = min(level_width(level, room), max(1, MAX_LOGITS // num_reqs))
+            if not width:
                 break
             above = tree.branch(logits, width, drafts)
             ends = self._ends(level, num_reqs)
@@ -148,7 +155,7 @@ class GrowingMixin(DraftModelSpeculator):
         self.input_buffers.input_ids[:num_rows] = paths.flatten()
         self.input_buffers.positions[:num_rows] = positions
         self.hidden_states[:num_rows] = hidden_states.flatten(0, 2)
-        if getattr(self, "inputs_embeds", None) is not None:
+        if self.inputs_embeds is not None:
             self.inputs_embeds[:num_rows] = self.model.embed_input_ids(
                 self.input_buffers.input_ids[:num_rows]
             )
