@@ -246,8 +246,8 @@ def test_stock_arguments_are_not_touched(arguments: dict[str, Any]) -> None:
         (NotBuiltError, {"speculative_model": "[eagle+suffix]m"}, "chains of [ngram], [mtp]"),
         (
             NotBuiltError,
-            {**TREE, "speculative_model": "[medusa]m", "speculative_verify": "typical"},
-            "is not available for trees of [medusa]m; use 'auto' or 'match'",
+            {**TREE, "speculative_model": "[medusa+ngram]m", "speculative_verify": "typical"},
+            "is not available for trees of [medusa+ngram]m; use 'auto' or 'match'",
         ),
         (NotBuiltError, {**TREE, "speculative_model": "[ngram+suffix]"}, "trees of [ngram], [mtp]"),
         (NotBuiltError, {**TREE, "speculative_verify": "typical"}, "use 'auto' or 'match'"),
