@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_specplus.config import METHODS, MethodSpec, SpecPlusConfig, parse_methods
 from vllm_specplus.errors import NotBuiltError, OptionError
+from vllm_specplus.medusa_trees import MEDUSA_TREES
 from vllm_specplus.shapes import MAX_NODES, Chain, DynamicTree, StaticTree, parse_tree
 
 NGRAM = {"speculative_model": "[ngram]", "num_speculative_tokens": 5}
@@ -53,6 +55,20 @@ def test_text_form_round_trips(shape: list[tuple[int, ...]] | int | None) -> Non
 
 def test_example_of_the_issue_is_its_own_text_form() -> None:
     assert str(parse_tree("static:[(1,), (0, 0), (0,)]")) == "static:[(0,),(0,0),(1,)]"
+
+
+def test_published_trees_have_their_nodes() -> None:
+    """As published: 63 nodes each; the first one's levels have 10, 28, 23 and 2."""
+    for name in MEDUSA_TREES:
+        tree = parse_tree(f"medusa:{name}")
+        assert isinstance(tree, StaticTree) and len(tree.paths) == 63 and tree.depth in (3, 4)
+        assert parse_tree(str(tree)) == tree
+    counts = Counter(len(path) for path in MEDUSA_TREES["mc_sim_7b_63"])
+    assert counts == {1: 10, 2: 28, 3: 23, 4: 2}
+    assert {(0, 7, 0), (1, 6), (0, 0, 0, 1), (9, 0)} <= set(MEDUSA_TREES["mc_sim_7b_63"])
+    options = {"speculative_model": "[medusa]m", "tree": "medusa:vicuna_7b_stage2"}
+    config = SpecPlusConfig.from_options(options)
+    assert (config.num_speculative_tokens, config.num_nodes) == (4, 63)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,30 @@ def check(
     raise typer.Exit(0 if found["ok"] else 1)
 
 
+Model = Annotated[str, typer.Option(help="The target: a path or an id on the hub.")]
+Prompts = Annotated[Path, typer.Option(help="A .jsonl or text file, or a folder of them.")]
+Out = Annotated[Path, typer.Option(help="Folder for everything; a run in it goes on.")]
+Minutes = Annotated[float, typer.Option(min=0.01, help="Time of training at most.")]
+Tokens = Annotated[float, typer.Option(min=1, help="Token passes at most.")]
+TextTokens = Annotated[int, typer.Option(min=1, help="What the target writes.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Length of prompts at most.")]
+NewTokens = Annotated[int, typer.Option(min=8, help="Length of continuations at most.")]
+Chat = Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")]
+TextOnly = Annotated[bool, typer.Option(help="End when the text is written.")]
+DraftVocab = Annotated[int, typer.Option(min=1, help="Tokens that can be drafted.")]
+Start = Annotated[str | None, typer.Option(help="Heads to go on from.")]
+FP32 = Annotated[bool, typer.Option(help="Compute in float32, not bfloat16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a step.")]
+LearningRate = Annotated[float, typer.Option(min=0, help="At its highest.")]
+HeadRows = Annotated[int, typer.Option(min=1, help="Rows of the head in the loss.")]
+Seed = Annotated[int, typer.Option(help="Of text, order and sampled rows.")]
+
+
 @main.command()
 def tune(
-    model: Annotated[str, typer.Option(help="The target: a path or an id on the hub.")],
+    model: Model,
     method: Annotated[str, typer.Option(help="What drafts: '[ngram]', '[mtp3]HEADS', ...")],
-    prompts: Annotated[Path, typer.Option(help="A .jsonl or text file, or a folder of them.")],
+    prompts: Prompts,
     out: Annotated[Path, typer.Option(help="For 'tuned:FILE'.")] = Path("specplus-tuned.json"),
     depth: Annotated[int, typer.Option(min=1, max=127, help="Depth of drafts at most.")] = 6,
     nodes: Annotated[int, typer.Option(min=1, max=127, help="Nodes of a tree at most.")] = 48,
@@ -105,57 +124,70 @@ def _one_line() -> Iterator[None]:
 
 @train.command()
 def mtp3(
-    model: Annotated[str, typer.Option(help="The target: a path or an id on the hub.")],
-    prompts: Annotated[Path, typer.Option(help="A .jsonl or text file, or a folder of them.")],
-    out: Annotated[Path, typer.Option(help="Folder for everything; a run in it goes on.")],
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time of training at most.")] = 30.0,
-    tokens: Annotated[float, typer.Option(min=1, help="Token passes at most.")] = math.inf,
-    text_tokens: Annotated[int, typer.Option(min=1, help="What the target writes.")] = 1_000_000,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of prompts at most.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=8, help="Length of continuations at most.")] = 192,
-    chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
-    text_only: Annotated[bool, typer.Option(help="End when the text is written.")] = False,
-    draft_vocab: Annotated[int, typer.Option(min=1, help="Tokens that can be drafted.")] = 32_768,
+    model: Model,
+    prompts: Prompts,
+    out: Out,
+    minutes: Minutes = 30.0,
+    tokens: Tokens = math.inf,
+    text_tokens: TextTokens = 1_000_000,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 192,
+    chat: Chat = False,
+    text_only: TextOnly = False,
+    draft_vocab: DraftVocab = 32_768,
     tied: Annotated[bool, typer.Option(help="One set of weights at all depths.")] = True,
-    start: Annotated[str | None, typer.Option(help="Heads to go on from.")] = None,
+    start: Start = None,
     int8: Annotated[bool, typer.Option(help="Write the layers' matrices as int8.")] = False,
-    fp32: Annotated[bool, typer.Option(help="Compute in float32, not bfloat16.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 3e-4,
-    head_rows: Annotated[int, typer.Option(min=1, help="Rows of the head in the loss.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Of text, order and sampled rows.")] = 0,
+    fp32: FP32 = False,
+    batch_size: BatchSize = 8,
+    learning_rate: LearningRate = 3e-4,
+    head_rows: HeadRows = 8192,
+    seed: Seed = 0,
 ) -> None:
     """Trains three multi-token-prediction modules; writes heads, state and a report to OUT."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_specplus.train.command import FitSettings, TrainOptions, auto_device, train_mtp3
+    _train("mtp3", locals())
 
-    fit = FitSettings(
-        seed=seed,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        head_rows=head_rows,
-        compute="float32" if fp32 else "bfloat16",
-        max_tokens=tokens,
-        max_seconds=60 * minutes,
+
+@train.command()
+def medusa(
+    model: Model,
+    prompts: Prompts,
+    out: Out,
+    heads: Annotated[int, typer.Option(min=1, help="How many tokens are drafted.")] = 4,
+    layers: Annotated[int, typer.Option(min=1, help="Residual blocks of each head.")] = 1,
+    minutes: Minutes = 30.0,
+    tokens: Tokens = math.inf,
+    text_tokens: TextTokens = 1_000_000,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 192,
+    chat: Chat = False,
+    text_only: TextOnly = False,
+    draft_vocab: DraftVocab = 32_768,
+    start: Start = None,
+    fp32: FP32 = False,
+    batch_size: BatchSize = 8,
+    learning_rate: LearningRate = 1e-3,
+    head_rows: HeadRows = 8192,
+    seed: Seed = 0,
+) -> None:
+    """Trains Medusa heads; writes heads, state and a report to OUT."""
+    _train("medusa", locals())
+
+
+def _train(kind: str, given: dict[str, Any]) -> None:
+    """given: what the command line says, by the names of the parameters."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_specplus.train import command
+
+    fit = command.FitSettings(
+        compute="float32" if given.pop("fp32") else "bfloat16",
+        max_tokens=given.pop("tokens"),
+        max_seconds=60 * given.pop("minutes"),
+        **{name: given.pop(name) for name in ("seed", "learning_rate", "batch_size", "head_rows")},
     )
-    options = TrainOptions(
-        model=model,
-        prompts=prompts,
-        out=out,
-        fit=fit,
-        text_tokens=text_tokens,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        chat=chat,
-        text_only=text_only,
-        draft_vocab=draft_vocab,
-        tied=tied,
-        start=start,
-        int8=int8,
-        device=auto_device(),
-    )
+    options = command.TrainOptions(kind=kind, fit=fit, device=command.auto_device(), **given)
     with _one_line():
-        raise typer.Exit(0 if train_mtp3(options, Console()) else 130)
+        raise typer.Exit(0 if command.train(options, Console()) else 130)
 
 
 def _show(found: dict[str, Any]) -> None:

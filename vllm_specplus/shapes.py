@@ -1,6 +1,7 @@
 """Shapes of drafts as the user writes them: `parse_tree` reads a text form, `str` writes it back.
 
-`chain`, `static:[(0,),(0,0),(1,)]` or `dynamic:12`.
+`chain`, `static:[(0,),(0,0),(1,)]` or `dynamic:12`; published ones have names,
+`medusa:mc_sim_7b_63`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_specplus.errors import bad_option
+from vllm_specplus.medusa_trees import MEDUSA_TREES
 
 MAX_NODES = 127
 """Nodes of one tree: with the root they are the 128 rows of an ancestor mask."""
@@ -136,15 +138,16 @@ def parse_tree(value: str | TreeSpec) -> TreeSpec:
         return Chain()
     if kind == "dynamic" and re.fullmatch(r"-?\d{1,9}", rest.strip()):
         return DynamicTree(int(rest))
-    if kind == "static":
-        paths = _literal_paths(rest)
-        if paths is not None:
-            return StaticTree(paths)
+    paths = _literal_paths(rest) if kind == "static" else None
+    paths = MEDUSA_TREES.get(rest.strip()) if kind == "medusa" else paths
+    if paths is not None:
+        return StaticTree(paths)
     raise bad_option(
         "speculative_tree",
         value,
         "cannot be read",
-        "write 'chain', 'dynamic:12' or 'static:[(0,),(0,0),(1,)]', one path of ranks per node",
+        "write 'chain', 'dynamic:12', 'medusa:mc_sim_7b_63' or 'static:[(0,),(0,0),(1,)]', one "
+        "path of ranks per node",
     )
 
 

@@ -30,7 +30,7 @@ PROCESSES = {
     ("schedule", "feature", "triton", "control"): "v2",
     ("experts",): "v2_drafters",
     ("width",): "v2_width",
-    ("settings",): "v2_settings",
+    ("settings", "medusa"): "v2_settings",
     ("gpu",): "v2_gpu",
 }
 """Groups that share a process and its engines, and their module, the longest first."""

@@ -6,6 +6,7 @@ import pytest
 
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.proposers.lookahead import LookaheadProposer
+from vllm_specplus.proposers.medusa import MedusaProposer
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.ngram import NgramProposer
 from vllm_specplus.proposers.registry import create
@@ -26,6 +27,7 @@ def test_ngram_is_there() -> None:
 def test_heads_may_be_joined_by_ngrams(model: str) -> None:
     proposer = create(config(model))
     assert isinstance(proposer, MtpProposer) and proposer.path == "x"
+    assert isinstance(create(config("[ngram+medusa]x")), MedusaProposer)
 
 
 @pytest.mark.parametrize("model", ["[lookahead]", "[ngram+lookahead]"])
@@ -35,7 +37,7 @@ def test_lookahead_takes_its_shape_from_its_window(model: str) -> None:
     assert (proposer.config.num_speculative_tokens, proposer.config.num_nodes) == (6, 29)
 
 
-@pytest.mark.parametrize("model", ["[medusa]x", "some/model", "[ngram+suffix]"])
+@pytest.mark.parametrize("model", ["[eagle]x", "some/model", "[ngram+suffix]"])
 def test_what_is_not_built_names_what_is(model: str) -> None:
     with pytest.raises(NotImplementedError, match=r"speculative_model=.*available.*\[ngram\]"):
         create(config(model))

@@ -245,7 +245,12 @@ def test_stock_arguments_are_not_touched(arguments: dict[str, Any]) -> None:
             "--prompts FILE --out DIR` and",
         ),
         (OptionError, {"speculative_config": {"method": "mtp3"}}, "and write '[mtp3]DIR'"),
-        (NotBuiltError, {"speculative_model": "[medusa]org/m"}, "chains of [ngram], [mtp]"),
+        (NotBuiltError, {"speculative_model": "[eagle+suffix]m"}, "chains of [ngram], [mtp]"),
+        (
+            NotBuiltError,
+            {**TREE, "speculative_model": "[medusa+ngram]m", "speculative_verify": "typical"},
+            "is not available for trees of [medusa+ngram]m; use 'auto' or 'match'",
+        ),
         (
             NotBuiltError,
             {**TREE, "speculative_model": "[ngram+suffix]"},

@@ -18,7 +18,9 @@ from typer.testing import CliRunner, Result
 from tests.engine.models import BUILDERS, WORDS, save
 from tests.train.tiny import load_teacher, write_samples
 from vllm_specplus.cli import main
-from vllm_specplus.proposers.heads.checkpoint import check_fits, load_heads
+from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.files import check_fits
+from vllm_specplus.proposers.heads.medusa_checkpoint import load_medusa
 from vllm_specplus.train import command
 from vllm_specplus.train.text import TextFile
 from vllm_specplus.train.trainer import HeadsTrainer
@@ -26,11 +28,11 @@ from vllm_specplus.train.trainer import HeadsTrainer
 NUM_PROMPTS, TEXT_TOKENS = 12, 2500
 
 
-def train(folder: Path, *options: str, out: str = "out") -> Result:
+def train(folder: Path, *options: str, out: str = "out", kind: str = "mtp3") -> Result:
     given = ["--model", folder / "model", "--prompts", folder / "p.jsonl", "--out", folder / out]
     sizes = "--prompt-tokens 12 --new-tokens 20 --draft-vocab 200 --head-rows 100 --fp32".split()
     arguments = [*map(str, given), *sizes, "--text-tokens", str(TEXT_TOKENS), *options]
-    return CliRunner().invoke(main, ["train", "mtp3", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(main, ["train", kind, *arguments], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,33 @@ def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train(folder, "--tokens", "1000", out="stopped").exit_code == 0
     assert load_heads(folder / "stopped").config.training["steps"] == 4  # of 8 x 32 tokens
+
+
+def test_medusa(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same stages over text that is there, and on from the heads of the first call."""
+    samples = write_samples(load_teacher(folder / "model"), 20, 32)
+    samples[0] = samples[0].model_copy(update={"held_out": True})
+    for name in ("medusa", "further"):
+        (folder / name).mkdir()
+        TextFile(folder / name / "text.jsonl", str(folder / "model")).add(samples)
+    monkeypatch.setattr(command, "Writer", None)
+    sizes = ("--text-tokens", "300", "--tokens", "600")
+    result = train(folder, *sizes, "--heads", "2", "--layers", "2", out="medusa", kind="medusa")
+    assert result.exit_code == 0, result.output
+    out = folder / "medusa"
+    assert f'--speculative-model "[medusa]{out}" --num-speculative-tokens 2' in result.output
+    heads = load_medusa(out)
+    check_fits(heads, hidden_size=64, vocab_size=448)
+    assert (heads.config.num_heads, heads.config.num_layers) == (2, 2)
+    assert heads.config.draft_vocab_size == 200 and heads.num_lm_heads == 0
+    assert heads.config.training["trainer"].endswith("train medusa")
+    result = train(folder, *sizes, "--start", str(out), out="further", kind="medusa")
+    assert result.exit_code == 0, result.output
+    further = load_medusa(folder / "further")
+    assert further.config.training["started_from"] == str(out)
+    assert further.config.num_heads == 2
+    moved = [further.tensors[name] - tensor for name, tensor in heads.tensors.items()]
+    assert all(0 < float(step.abs().max()) < 0.05 for step in moved)
 
 
 def test_errors_are_one_line(folder: Path) -> None:

@@ -10,6 +10,7 @@ ones, a warm-up of half the run, an infinite loss let pass, a state over other t
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.tiny import PROMPT_LEN, corpus_of, on_itself, trainer_of, write_samples
+from tests.train.tiny import (
+    PROMPT_LEN,
+    corpus_of,
+    on_itself,
+    sharpened,
+    trainer_of,
+    write_samples,
+)
 from vllm_specplus.errors import OptionError
 from vllm_specplus.train.corpus import Corpus
+from vllm_specplus.train.medusa import Medusa
 from vllm_specplus.train.mtp3 import MTP3
 from vllm_specplus.train.trainer import FitSettings, HeadsTrainer, Progress
 
 STEP = 8 * 40
+three_medusa = partial(Medusa, num_heads=3, num_layers=3)
 TOLERANCE = 1e-4  # float32, sums in another order
 
 
@@ -47,6 +57,16 @@ def test_over_fitted_heads_know_their_text(
     assert min(at_start[0]) > 0.3 and max(at_start[0]) < 0.7
 
 
+def test_over_fitted_medusa_knows_its_text(corpus: Corpus, tmp_path: Path) -> None:
+    """As above; the target's own head, where training begins, knows next to nothing of these."""
+    limits: dict[str, Any] = dict(learning_rate=1e-2, max_tokens=200 * STEP)
+    trainer = trainer_of(sharpened(corpus), tmp_path, kind=three_medusa, **limits)
+    trainer.run()
+    ranks = trainer.evaluate()
+    assert min(ranks.top(1)) > 0.9, ranks.top(1)
+    assert max(trainer.progress.evaluations[0][1][0]) < 0.3
+
+
 def _state(trainer: HeadsTrainer) -> dict[str, Any]:
     module = trainer.heads.module
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -62,11 +82,20 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_resumed_is_uninterrupted_bit_for_bit(corpus: Corpus, tmp_path: Path, compute: str) -> None:
+@pytest.mark.parametrize(
+    ("compute", "kind"), [("float32", MTP3), ("bfloat16", MTP3), ("bfloat16", three_medusa)]
+)
+def test_resumed_is_uninterrupted_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, compute: str, kind: Any
+) -> None:
     """Seven steps of three samples, sampled rows, through two epochs and a warm-up."""
     settings: dict[str, Any] = dict(
-        compute=compute, batch_size=3, head_rows=200, max_tokens=7 * 3 * 40, eval_tokens=4 * 3 * 40
+        kind=kind,
+        compute=compute,
+        batch_size=3,
+        head_rows=200,
+        max_tokens=7 * 3 * 40,
+        eval_tokens=4 * 3 * 40,
     )
     for name in "ab":
         (tmp_path / name).mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import torch
 
 from tests.engine.models import BUILDERS, VOCAB_SIZE
 from vllm_specplus.train.corpus import Corpus
+from vllm_specplus.train.heads import Heads
 from vllm_specplus.train.mtp3 import MTP3
 from vllm_specplus.train.teacher import Teacher
 from vllm_specplus.train.text import Sample, Text
 from vllm_specplus.train.trainer import FitSettings, HeadsTrainer
 
 PROMPT_LEN = 6
+SURE = 8.0
 
 
 def save_target(folder: Path, kind: str = "llama") -> Path:
@@ -50,18 +54,32 @@ def on_itself(samples: list[Sample]) -> Text:
     return Text.of([*samples, *(s.model_copy(update={"held_out": True}) for s in samples)])
 
 
-def corpus_of(text: Text, teacher: Teacher, folder: Path) -> Corpus:
-    corpus = Corpus(text, folder / f"hidden-{text.digest()}.bf16", teacher, MTP3.num_depths)
+def corpus_of(
+    text: Text, teacher: Teacher, folder: Path, num_depths: int = MTP3.num_depths
+) -> Corpus:
+    corpus = Corpus(text, folder / f"hidden-{text.digest()}.bf16", teacher, num_depths)
     corpus.compute(lambda _: None)
     return corpus
 
 
+def sharpened(corpus: Corpus) -> Corpus:
+    """The same text of a target that is surer of it: random ones hardly prefer their argmax."""
+    sure = copy(corpus)
+    sure.teacher = copy(corpus.teacher)
+    sure.teacher.head = SURE * corpus.teacher.head
+    return sure
+
+
 def trainer_of(
-    corpus: Corpus, folder: Path, heads: dict[str, Any] | None = None, **settings: Any
+    corpus: Corpus,
+    folder: Path,
+    heads: dict[str, Any] | None = None,
+    kind: Callable[..., Heads] = MTP3,
+    **settings: Any,
 ) -> HeadsTrainer:
     defaults: dict[str, Any] = dict(compute="float32", batch_size=8, eval_tokens=10**9)
     return HeadsTrainer(
-        MTP3(corpus.teacher, **heads or {}),
+        kind(corpus.teacher, **heads or {}),
         corpus,
         None,
         FitSettings(**defaults | settings),

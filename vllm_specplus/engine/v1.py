@@ -37,10 +37,12 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingMetadata,
     SamplingType,
 )
+from vllm_specplus.engine.drafters.medusa_cpu import packed_medusa
 from vllm_specplus.engine.drafters.mtp import load_draft_model
 from vllm_specplus.engine.drafters.paged import PagedLayers
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.proposers.medusa import MedusaProposer
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.round import Moves, SpecRound, Staged
 
@@ -63,6 +65,9 @@ class TreeDrafter:
         if isinstance(proposer, MtpProposer):
             modules = load_draft_model(proposer, target_model, self._vllm_config)
             proposer.model = self.modules = modules
+        elif isinstance(proposer, MedusaProposer):
+            heads = packed_medusa(proposer.config, target_model, self._vllm_config)
+            proposer.model, proposer.num_heads = heads, heads.config.num_heads
 
     def propose(self, *_: Any, **__: Any) -> None:
         raise AssertionError("SpecPlusCPUModelRunner drafts by itself")

@@ -45,6 +45,7 @@ from vllm_specplus.engine.compat_v2 import (
     model_runner,
     resolve_model_state_cls,
 )
+from vllm_specplus.engine.drafters.medusa_v2 import MedusaTreeSpeculator
 from vllm_specplus.engine.drafters.windows import init_trunk
 from vllm_specplus.engine.v2_chain import ChainDrafter, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
@@ -56,6 +57,7 @@ _RULES: dict[Verify, Rule] = {
     "match": "match",
     "rejection": "recursive",
     "traversal": "traversal",
+    "typical": "typical",
 }
 
 
@@ -267,8 +269,10 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
 def init_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> NgramTreeSpeculator | ChainDrafter:
-    """vLLM's `init_speculator` for trees: of n-grams, of a drafter of vLLM, or of both."""
+    """vLLM's `init_speculator` for trees: of n-grams, Medusa heads, a drafter of vLLM, or two."""
     ngram = NgramTreeSpeculator(vllm_config, device, req_states)
+    if "medusa" in ngram.config.method:
+        return MedusaTreeSpeculator(vllm_config, device, req_states)
     if vllm_config.speculative_config.use_ngram():
         return ngram
     chain_config = with_depth(vllm_config, ngram.config.num_speculative_tokens)
@@ -290,3 +294,5 @@ class TreeRunner(GPUModelRunner):
             for kind, backend in self.backends().items():
                 stack.enter_context(registered_backend(kind, backend))
             super().load_model(*args, **kwargs)
+        if isinstance(self.speculator, MedusaTreeSpeculator):
+            self.speculator.load_model(self.model, self.model_state)

@@ -112,6 +112,7 @@ class TreeVerifier(RejectionSampler):
             positions,
             max_rows=1 + self.num_speculative_steps,
             parents=self._parents[rows],
+            allow_lossy=self._state.rule == "typical",
             **drawn,
         )
         self._paths.append(verified.path)

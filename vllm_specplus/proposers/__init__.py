@@ -1,5 +1,6 @@
 """Drafting methods: one file each, registered by name."""
 
 from vllm_specplus.proposers import lookahead as lookahead  # they register themselves
+from vllm_specplus.proposers import medusa as medusa
 from vllm_specplus.proposers import mtp as mtp
 from vllm_specplus.proposers import ngram as ngram

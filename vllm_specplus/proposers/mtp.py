@@ -17,9 +17,8 @@ candidate, and what each source and their agreement are worth is learned online.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from math import exp, log, log2
 
 import torch
 
@@ -27,33 +26,17 @@ from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.cost import CostModel, fastest
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
-from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
+from vllm_specplus.proposers.calibration import Expectations
 from vllm_specplus.proposers.level_gate import LevelGate, Prospect
 from vllm_specplus.proposers.levels import MAX_NODES, DraftModel, RequestRows
 from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
+from vllm_specplus.proposers.sources import SourceCells, Sources
 
 NUM_CHILDREN = 8
 """Candidates after a node."""
 MAX_FRONTIER = 8
 """Nodes of a level that are continued."""
-_LEAST_BIN = 9
-
-
-class SourceCells:
-    """How often candidates were right, by what proposed them and how sure it was."""
-
-    def __init__(self) -> None:
-        self._cells: dict[tuple[str, bool, int, int], Cell] = {}
-
-    def estimate(self, source: str, contested: bool, depth: int, prob: float) -> tuple[float, Cell]:
-        """Probability that the target samples the token, and the cell that learns the outcome.
-
-        contested: whether another source has candidates at the same place.
-        """
-        key = source, contested, depth, min(int(-2 * log2(prob)), _LEAST_BIN)
-        cell = self._cells.setdefault(key, Cell())
-        return min(prob * cell.hits / cell.expected, MAX_PROB), cell
 
 
 @dataclass(slots=True)
@@ -91,35 +74,13 @@ class _Draft:
         self.nodes: list[Path] = []
         self.level_tokens = 0.0
         self.frontier: dict[Path, float] = {(): 1.0}
-        self._cells, self._votes, self._paths, self._chained = cells, votes, paths, chained
+        self._paths, self._chained = paths, chained
         self._drafted: dict[Path, dict[int, float]] = {}
-        self._matched: dict[Path, dict[int, float]] = {}
+        self._sources = Sources("mtp", self._after, votes, cells, state.expectations)
         self._hidden_states: dict[Path, torch.Tensor] = {}
 
-    def _expand(self, path: Path) -> Iterator[tuple[int, float]]:
-        """The candidates after a path, for `grow`."""
-        drafted, matched = self._drafted.get(path, {}), self._matches(path)
-        contested = bool(drafted and matched)
-        expected = self.state.expectations.at(path)
-        for token in drafted | matched:
-            first, second = drafted.get(token), matched.get(token)
-            if first and second:
-                source, prob = "both", 1 - (1 - first) * (1 - second)
-            else:
-                source, prob = ("mtp", first) if first else ("ngram", second or 0.0)
-            estimate, cell = self._cells.estimate(source, contested, len(path), prob)
-            expected[token] = cell, prob
-            yield token, log(estimate)
-
-    def _matches(self, path: Path) -> dict[int, float]:
-        """What n-grams propose after a path that they have proposed."""
-        if self._votes is None:
-            return {}
-        if path not in self._matched:
-            follows = not path or path[-1] in self._matches(path[:-1])
-            found = self._votes(path) if follows else ()
-            self._matched[path] = {token: exp(logprob) for token, logprob in found}
-        return self._matched[path]
+    def _after(self, path: Path) -> dict[int, float]:
+        return self._drafted.get(path, {})
 
     def wants(self, level: int) -> bool:
         """Whether a level can be drafted: its committed rows must reach up to the nodes."""
@@ -191,7 +152,7 @@ class _Draft:
         """What a level may bring."""
         request, known = self.request, 0.0
         for path, prob in self.frontier.items():
-            matches = (p * prob for p in self._matches(path).values())
+            matches = (p * prob for p in self._sources.matches(path).values())
             known += sum(p for p in matches if p >= request.min_prob)
         most = max(known, sum(self.frontier.values()))
         num_known = self._end(level) - self.state.starts[self.state.cache(level)]
@@ -201,7 +162,7 @@ class _Draft:
         """The best nodes down to a depth."""
         request = self.request
         depth = min(max_depth, request.max_depth)
-        return grow(self._expand, request.max_nodes, depth, request.min_prob, self._paths)
+        return grow(self._sources.expand, request.max_nodes, depth, request.min_prob, self._paths)
 
 
 @register("mtp", "mtp3", "mtp+ngram", "mtp3+ngram")

@@ -108,7 +108,7 @@ V2_HOST_METHODS: dict[str, str] = {
     "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
     "BaseSpeculator.capture": "",
-    "BaseSpeculator.propose": "input_batch",
+    "BaseSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states",
     "MultiModuleMTPSpeculator.load_draft_model": "target_model target_attn_layer_names",
     "MultiModuleMTPSpeculator._prepare_inputs": "target_hidden_states input_batch num_tokens "
     "max_query_len num_sampled num_rejected last_sampled next_prefill_tokens mm_inputs",
@@ -168,6 +168,7 @@ V2_ENGINE = Engine(
     methods=(
         *("ngram", "draft", "mtp", "mtp3", "eagle", "eagle3"),
         *("draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+        *("medusa", "medusa+ngram"),
     ),
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",
 )

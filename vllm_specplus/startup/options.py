@@ -60,6 +60,8 @@ VLLM_ALIASES: dict[str, str] = {
 TREE_RULES = ("auto", "match")
 DRAWN_RULES = ("rejection", "traversal")
 """For trees around a chain of vLLM's, which is drawn then."""
+LOSSY_RULES = ("typical",)
+"""For Medusa's trees, as its paper has it."""
 _NATIVE_RULES = {"rejection": "standard", "block": "block"}
 _OUR_NAMES = {method.native: name for name, method in METHODS.items() if method.native}
 _OUR_KEYS = ("tree", "verify", "step_costs")
@@ -161,7 +163,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     if takes_own_modules(config):
         modules_worker(config, model)
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
-    trunks = [spec for spec in config.methods if spec.name != "ngram"]
+    trunks = [spec for spec in config.methods if spec.name not in ("ngram", "medusa")]
     if trunks and engine is not CPU_ENGINE:
         auto = config.model_copy(update={"verify": "auto"})
         chain = native_config(auto, trunks[0], others.get("revision"))
@@ -315,8 +317,9 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
     _check_heads(config, model)
     chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
     trees = ", ".join(f"[{name}]" for name in engine.methods)
-    heads = [spec for spec in config.methods if METHODS[spec.name].heads]
-    grows = any(spec.model or engine is CPU_ENGINE for spec in heads)
+    ours = [s for s in config.methods if METHODS[s.name].heads or METHODS[s.name].native is None]
+    on_cpu = engine is CPU_ENGINE
+    grows = any(spec.model or (on_cpu and METHODS[spec.name].heads) for spec in ours)
     chain = isinstance(config.tree, Chain) and not grows
     if chain or config.method not in engine.methods:
         raise not_built(
@@ -326,9 +329,10 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
             f"{engine.name}",
             f"there are chains of {chains}, and static and dynamic trees of {trees}",
         )
+    medusa = any(spec.name == "medusa" for spec in config.methods)
     dynamic = len(config.methods) > 1 and not isinstance(config.tree, StaticTree)
-    drawn = dynamic and engine is not CPU_ENGINE
-    rules = TREE_RULES + (DRAWN_RULES if drawn else ())
+    more = LOSSY_RULES if medusa else DRAWN_RULES if dynamic else ()
+    rules = TREE_RULES + (() if engine is CPU_ENGINE else more)
     if config.verify not in rules:
         raise not_built(
             "speculative_verify",

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -15,10 +15,13 @@ from rich.table import Table
 from torch import Tensor
 
 from vllm_specplus import __version__
-from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
+from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.files import Checkpoint
+from vllm_specplus.proposers.heads.medusa_checkpoint import load_medusa
 from vllm_specplus.train import report
 from vllm_specplus.train.corpus import Corpus
 from vllm_specplus.train.heads import Heads
+from vllm_specplus.train.medusa import Medusa
 from vllm_specplus.train.mtp3 import MTP3
 from vllm_specplus.train.target import Writer
 from vllm_specplus.train.teacher import Teacher
@@ -31,11 +34,13 @@ from vllm_specplus.train.trainer import Progress as FitProgress
 class TrainOptions:
     """What the command line says.
 
-    text_tokens: what the target writes for training; held_out: share of the prompts' sources that
-    is kept for measuring; start: path or id of heads to go on from; text_only: the first stage
-    alone.
+    kind: of heads, one of KINDS. text_tokens: what the target writes for training; held_out: share
+    of the prompts' sources that is kept for measuring; start: path or id of heads to go on from;
+    text_only: the first stage alone. tied, hidden_state_from, int8 are of MTP modules; heads,
+    layers of Medusa's.
     """
 
+    kind: str
     model: str
     prompts: Path
     out: Path
@@ -48,6 +53,8 @@ class TrainOptions:
     draft_vocab: int = 32_768
     tied: bool = True
     hidden_state_from: Literal["previous", "target"] = "previous"
+    heads: int = 4
+    layers: int = 1
     start: str | None = None
     int8: bool = False
     text_only: bool = False
@@ -59,9 +66,27 @@ def auto_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train_mtp3(options: TrainOptions, console: Console) -> bool:
+def _mtp3(options: TrainOptions, teacher: Teacher, start: Any) -> Heads:
+    hidden_state_from = options.hidden_state_from
+    fields: dict[str, Any] = {"tied": options.tied, "int8": options.int8, "start": start}
+    return MTP3(teacher, hidden_state_from=hidden_state_from, **fields)
+
+
+def _medusa(options: TrainOptions, teacher: Teacher, start: Any) -> Heads:
+    return Medusa(teacher, num_heads=options.heads, num_layers=options.layers, start=start)
+
+
+KINDS: dict[str, tuple[Callable[[str], Checkpoint], Callable[..., Heads]]] = {
+    "mtp3": (load_heads, _mtp3),
+    "medusa": (load_medusa, _medusa),
+}
+"""Kind of heads -> what loads those to go on from, and what makes them."""
+
+
+def train(options: TrainOptions, console: Console) -> bool:
     """Runs all stages; False if it was stopped before the end. Raises SpecPlusError."""
-    start = None if options.start is None else load_heads(options.start)
+    load, make = KINDS[options.kind]
+    start = None if options.start is None else load(options.start)
     options.out.mkdir(parents=True, exist_ok=True)
     with _bars(console) as bars:
         text = _write_text(options, _bar(bars, "text", options.text_tokens))
@@ -69,17 +94,11 @@ def train_mtp3(options: TrainOptions, console: Console) -> bool:
             return True
         dtype = getattr(torch, options.fit.compute)
         teacher = Teacher(options.model, torch.device(options.device), dtype)
-        hidden = options.out / f"hidden-{text.digest()}.bf16"
-        corpus = Corpus(text, hidden, teacher, MTP3.num_depths)
-        corpus.compute(_bar(bars, "hidden states", len(text.tokens)))
         torch.manual_seed(options.fit.seed)
-        heads = MTP3(
-            teacher,
-            tied=options.tied,
-            hidden_state_from=options.hidden_state_from,
-            start=start,
-            int8=options.int8,
-        )
+        heads = make(options, teacher, start)
+        hidden = options.out / f"hidden-{text.digest()}.bf16"
+        corpus = Corpus(text, hidden, teacher, heads.num_depths)
+        corpus.compute(_bar(bars, "hidden states", len(text.tokens)))
         vocab = _draft_vocab(options, corpus, start)
         trainer = HeadsTrainer(heads, corpus, vocab, options.fit, options.out / "state.pt")
         _fit(trainer, _bar(bars, "training", 1))
@@ -137,9 +156,7 @@ def _write_text(options: TrainOptions, show: OnProgress) -> Text:
     return Text.of(file.samples)
 
 
-def _draft_vocab(
-    options: TrainOptions, corpus: Corpus, start: HeadsCheckpoint | None
-) -> Tensor | None:
+def _draft_vocab(options: TrainOptions, corpus: Corpus, start: Checkpoint | None) -> Tensor | None:
     """That of the heads to go on from, else the tokens that the target writes most."""
     if start is not None:
         return start.draft_vocab
@@ -185,7 +202,7 @@ def _finish(
     """Measures on all held-out text, writes heads and report, and says how to serve them."""
     ranks, progress = trainer.evaluate(), trainer.progress
     about = {
-        "trainer": f"vllm_specplus {__version__} train mtp3",
+        "trainer": f"vllm_specplus {__version__} train {options.kind}",
         "target": options.model,
         "started_from": options.start,
         "device": options.device,
@@ -202,5 +219,6 @@ def _finish(
         table.add_row(*row)
     console.print(table)
     console.print(f"Report: {options.out / 'report.md'}. Serve the heads with", highlight=False)
-    serve = f'vllm serve {options.model} --speculative-model "[mtp3]{options.out}"'
-    console.print(f"  {serve} --num-speculative-tokens 3", highlight=False, markup=False)
+    serve = f'vllm serve {options.model} --speculative-model "[{options.kind}]{options.out}"'
+    serve = f"{serve} --num-speculative-tokens {heads.num_depths}"
+    console.print(f"  {serve}", highlight=False, markup=False)

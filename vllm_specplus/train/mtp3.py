@@ -8,13 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vllm_specplus.proposers.heads.checkpoint import (
-    HeadsCheckpoint,
-    HeadsConfig,
-    check_fits,
-    embedding_sha256,
-    save_heads,
-)
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, HeadsConfig, save_heads
+from vllm_specplus.proposers.heads.files import check_fits, embedding_sha256
 from vllm_specplus.proposers.heads.mtp import MTPHeads, RMSNorm
 from vllm_specplus.train.corpus import Corpus
 from vllm_specplus.train.teacher import Teacher

@@ -21,12 +21,11 @@ from tests.proposers.heads.heads import config, modules
 from vllm_specplus.errors import OptionError, SpecPlusError
 from vllm_specplus.proposers.heads.checkpoint import (
     HeadsConfig,
-    check_fits,
-    embedding_sha256,
     load_heads,
     module_shapes,
     save_heads,
 )
+from vllm_specplus.proposers.heads.files import check_fits, embedding_sha256
 
 SHIPPED = Path(__file__).resolve().parents[3] / "assets/gemma-3-270m-mtp3"
 VOCAB = torch.tensor([5, 2, 9, 0])

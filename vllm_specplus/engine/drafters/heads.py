@@ -18,12 +18,8 @@ from vllm_specplus.engine.compat import (
     VocabParallelEmbedding,
     init_logger,
 )
-from vllm_specplus.proposers.heads.checkpoint import (
-    HeadsCheckpoint,
-    check_fits,
-    embedding_sha256,
-    load_heads,
-)
+from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.files import Checkpoint, check_fits, embedding_sha256
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 
 logger = init_logger(__name__)
@@ -107,26 +103,37 @@ class SpecPlusMTP(nn.Module):
         if self._head is None:
             first_rows = torch.arange(self.vocab_size, device=hidden_states.device)[:256]
             warn_of_another_target(self.checkpoint, self.model.embed_tokens(first_rows))
-            self._head = self._draft_head()
+            whole = partial(self.logits_processor, self.lm_head)
+            self._head = draft_head(whole, self.lm_head, self.draft_vocab)
         drafted = self._head(hidden_states)
         if self.draft_vocab is None:
             return drafted
         logits = drafted.new_full((len(drafted), self.vocab_size), -torch.inf)
         return logits.index_copy_(1, self.draft_vocab, drafted)
 
-    def _draft_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Logits of the draft vocabulary, or of all tokens if there is none."""
-        whole, vocab = partial(self.logits_processor, self.lm_head), self.draft_vocab
-        if vocab is None:
-            return whole
-        try:
-            weight = VocabParallelEmbedding.forward(self.lm_head, vocab)
-        except NotImplementedError:  # a quantized head, whose rows cannot be looked up
-            return lambda hidden_states: whole(hidden_states)[:, vocab]
-        return partial(nn.functional.linear, weight=weight)
+
+def draft_head(
+    whole: Callable[[torch.Tensor], torch.Tensor], lm_head: Any, vocab: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits of the draft vocabulary, or of all tokens if there is none.
+
+    whole: hidden states -> logits of all tokens, by the target's `lm_head`.
+    """
+    if vocab is None:
+        return whole
+    try:
+        weight = VocabParallelEmbedding.forward(lm_head, vocab)
+    except NotImplementedError:  # a quantized head, whose rows cannot be looked up
+        return lambda hidden_states: whole(hidden_states)[:, vocab]
+    return partial(nn.functional.linear, weight=weight)
 
 
-def warn_of_another_target(checkpoint: HeadsCheckpoint, embedding: torch.Tensor) -> None:
+def language_model(target: Any) -> Any:
+    """The part of a target that has the embedding and the head."""
+    return target.get_language_model() if hasattr(target, "get_language_model") else target
+
+
+def warn_of_another_target(checkpoint: Checkpoint, embedding: torch.Tensor) -> None:
     """embedding: [256 or more, hidden_size], the first rows of the target's."""
     config = checkpoint.config
     if config.embedding_sha256 not in (None, embedding_sha256(embedding)):

@@ -19,10 +19,11 @@ from vllm_specplus.engine.compat import (
     VocabParallelEmbedding,
 )
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
-from vllm_specplus.engine.drafters.heads import warn_of_another_target
+from vllm_specplus.engine.drafters.heads import language_model, warn_of_another_target
 from vllm_specplus.engine.drafters.modules_v1 import PagedModules
 from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
-from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, check_fits, load_heads
+from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
+from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.levels import RequestRows
 from vllm_specplus.proposers.mtp import MtpProposer
@@ -72,13 +73,12 @@ class PagedHeads(PagedLayers):
 
     def _share(self, target: Any, vocab_size: int) -> None:
         """Takes the target's embedding and the rows of its head that drafts are chosen from."""
-        if hasattr(target, "get_language_model"):
-            target = target.get_language_model()
+        target = language_model(target)
         embedding, head = target.model.embed_tokens, target.lm_head
-        self._embedding = _rows(embedding, torch.arange(vocab_size), copy=False)
+        self._embedding = gathered_rows(embedding, torch.arange(vocab_size), copy=False)
         if self._draft_vocab is None:
             self._draft_vocab = torch.arange(vocab_size)
-        self._head = PackedLinear(_rows(head, self._draft_vocab, copy=True))
+        self._head = PackedLinear(gathered_rows(head, self._draft_vocab, copy=True))
 
     def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
         """See `DraftModel`."""
@@ -127,7 +127,7 @@ def pack_linear_layers(module: nn.Module) -> None:
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias))
 
 
-def _rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:
+def gathered_rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:
     """Rows of an embedding or of a head, [num_tokens, hidden_size], gathered from all ranks."""
     if layer.tp_size == 1 and not copy:
         return layer.weight[: len(token_ids)]

@@ -13,8 +13,6 @@ Hidden states are those after the target's final norm; a module's own is its fin
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from vllm_specplus.errors import OptionError, bad_option
-from vllm_specplus.proposers.heads import speculators
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_WAY_OUT = "give the folder or hub id of heads that `vllm-specplus train mtp3` wrote"
-_HASHED_ROWS = 256
+from vllm_specplus.proposers.heads import files, speculators
+from vllm_specplus.proposers.heads.files import CONFIG, corrupted
 
 
 class HeadsConfig(BaseModel):
@@ -133,24 +125,12 @@ def load_heads(path: str | os.PathLike[str], revision: str | None = None) -> Hea
     OptionError: what is missing, corrupted or does not fit config.json.
     """
     name = os.fspath(path)
-    folder = _folder(name, revision)
-    fields = _read_config(folder / CONFIG, name)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise bad_option("heads", name, f"has no {WEIGHTS}", _WAY_OUT) from None
-    except (SafetensorError, OSError) as error:
-        raise bad_option("heads", name, f"cannot be read ({error})", "fetch it again") from None
+    folder = files.find_folder(name, revision=revision)
+    fields = files.read_config(folder / CONFIG, name)
+    tensors = files.read_weights(folder, name)
     if speculators.is_one(fields):
         fields, tensors = speculators.convert(fields, tensors)
-    try:
-        config = HeadsConfig.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise bad_option(
-            "heads", name, f"has a {CONFIG} where {where!r} is wrong ({first['msg']})", _WAY_OUT
-        ) from None
+    config = files.validated(HeadsConfig, fields, name)
     draft_vocab = tensors.pop("draft_vocab", None)
     checkpoint = HeadsCheckpoint(
         name, config, None if draft_vocab is None else draft_vocab.long(), tensors
@@ -173,7 +153,6 @@ def save_heads(
     matrices of the layer as int8.
     Raises OptionError for what `load_heads` would refuse.
     """
-    folder = Path(path)
     tensors: dict[str, Tensor] = {}
     for number, module in enumerate(modules):
         for name, tensor in module.items():
@@ -182,64 +161,7 @@ def save_heads(
     _check(HeadsCheckpoint(str(path), config, draft_vocab, tensors))
     if draft_vocab is not None:
         tensors["draft_vocab"] = draft_vocab.to("cpu", torch.int32).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.partial"
-    partial.write_bytes(save(tensors, metadata={"format": "pt"}))
-    partial.replace(folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(config.model_dump_json(indent=2) + "\n")
-    partial.replace(folder / CONFIG)
-
-
-def check_fits(checkpoint: HeadsCheckpoint, hidden_size: int, vocab_size: int) -> None:
-    """Raises OptionError, naming the sizes, where the heads cannot serve a target of these."""
-    config, vocab = checkpoint.config, checkpoint.draft_vocab
-    way_out = f"they were trained for {config.target}: serve that, or train heads for this model"
-    if config.hidden_size != hidden_size:
-        reason = f"have hidden_size {config.hidden_size}, but the model has {hidden_size}"
-        raise bad_option("heads", checkpoint.path, reason, way_out)
-    if config.vocab_size not in (None, vocab_size):
-        reason = f"have vocab_size {config.vocab_size}, but the model has {vocab_size}"
-        raise bad_option("heads", checkpoint.path, reason, way_out)
-    if vocab is not None and int(vocab.max()) >= vocab_size:
-        reason = f"draft token {int(vocab.max())}, but the model has {vocab_size} tokens"
-        raise bad_option("heads", checkpoint.path, reason, way_out)
-
-
-def embedding_sha256(embedding: Tensor) -> str:
-    """SHA-256 of an embedding's first 256 rows in bfloat16: says which target heads are for.
-
-    embedding: [vocab_size or more, hidden_size], of any floating dtype.
-    """
-    rows = embedding[:_HASHED_ROWS].detach().to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()
-
-
-def _folder(name: str, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        reason = f"is no folder, and the hub has no such heads ({type(error).__name__})"
-        raise bad_option("heads", name, reason, _WAY_OUT) from None
-
-
-def _read_config(file: Path, name: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise bad_option("heads", name, f"has no {CONFIG}", _WAY_OUT) from None
-    except ValueError as error:
-        raise bad_option(
-            "heads", name, f"has a {CONFIG} that is no JSON ({error})", _WAY_OUT
-        ) from None
-    if not isinstance(fields, dict):
-        raise bad_option("heads", name, f"has a {CONFIG} that is no object", _WAY_OUT)
-    return fields
+    files.write(Path(path), config.model_dump_json(indent=2), tensors)
 
 
 def _check(checkpoint: HeadsCheckpoint) -> None:
@@ -256,34 +178,15 @@ def _check(checkpoint: HeadsCheckpoint) -> None:
         if len(shape) == 2 and part in tensors and tensors[part].dtype == torch.int8
     }
     if unequal := expected.keys() - tensors.keys() | scales - tensors.keys():
-        raise _corrupted(name, f"lack the tensor {min(unequal)!r}")
+        raise corrupted(name, f"lack the tensor {min(unequal)!r}")
     if unequal := tensors.keys() - expected.keys() - scales:
-        raise _corrupted(name, f"have a tensor {min(unequal)!r} that {CONFIG} does not speak of")
+        raise corrupted(name, f"have a tensor {min(unequal)!r} that {CONFIG} does not speak of")
     for part, tensor in tensors.items():
         shape = expected[part] if part in expected else expected[part.removesuffix("_scale")][:1]
-        if tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape)
-            raise _corrupted(
-                name, f"have {part!r} of shape {found} where {CONFIG} asks for {shape}"
-            )
+        files.check_shape(name, part, tensor, shape)
         if not tensor.is_floating_point() and f"{part}_scale" not in scales:
-            raise _corrupted(name, f"have {part!r} as {tensor.dtype}, where a float belongs")
-        if not torch.isfinite(tensor).all():
-            raise _corrupted(name, f"have NaN or infinity in {part!r}")
-    _check_draft_vocab(checkpoint)
-
-
-def _check_draft_vocab(checkpoint: HeadsCheckpoint) -> None:
-    size, vocab = checkpoint.config.draft_vocab_size, checkpoint.draft_vocab
-    found = None if vocab is None else len(vocab)
-    if found != size:
-        raise _corrupted(checkpoint.path, f"have a draft_vocab of {found}, {CONFIG} says {size}")
-    if vocab is not None and (int(vocab.min()) < 0 or len(vocab.unique()) < len(vocab)):
-        raise _corrupted(checkpoint.path, "have a draft_vocab with negative or repeated ids")
-
-
-def _corrupted(name: str, what: str) -> OptionError:
-    return bad_option("heads", name, what, "the file is damaged or its config is; fetch it again")
+            raise corrupted(name, f"have {part!r} as {tensor.dtype}, where a float belongs")
+    files.check_draft_vocab(name, checkpoint.draft_vocab, config.draft_vocab_size)
 
 
 def _quantizes(name: str, tensor: Tensor) -> bool:

@@ -1,0 +1,79 @@
+"""Two sources in one tree: what drafts and what n-grams propose at the same place.
+
+A token that both propose is one candidate, and what each source and their agreement are worth is
+learned online.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import exp, log, log2
+
+from vllm_specplus.core.growth import Path
+from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
+from vllm_specplus.proposers.ngram import Votes
+
+Drafted = Callable[[Path], Mapping[int, float]]
+"""What a drafter proposes after a path: token -> probability."""
+_LEAST_BIN = 9
+
+
+class SourceCells:
+    """How often candidates were right, by what proposed them and how sure it was."""
+
+    def __init__(self) -> None:
+        self._cells: dict[tuple[str, bool, int, int], Cell] = {}
+
+    def estimate(self, source: str, contested: bool, depth: int, prob: float) -> tuple[float, Cell]:
+        """Probability that the target samples the token, and the cell that learns the outcome.
+
+        contested: whether another source has candidates at the same place.
+        """
+        key = source, contested, depth, min(int(-2 * log2(prob)), _LEAST_BIN)
+        cell = self._cells.setdefault(key, Cell())
+        return min(prob * cell.hits / cell.expected, MAX_PROB), cell
+
+
+class Sources:
+    """The candidates of one request's tree, by path.
+
+    name: of the drafter, which is one of the sources. expectations: of the request; votes: its
+    n-grams, None without.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        drafted: Drafted,
+        votes: Votes | None,
+        cells: SourceCells,
+        expectations: Expectations,
+    ) -> None:
+        self._name, self._drafted, self._votes = name, drafted, votes
+        self._cells, self._expectations = cells, expectations
+        self._matched: dict[Path, dict[int, float]] = {}
+
+    def expand(self, path: Path) -> Iterator[tuple[int, float]]:
+        """The candidates after a path, for `grow`."""
+        drafted, matched = self._drafted(path), self.matches(path)
+        contested = bool(drafted and matched)
+        expected = self._expectations.at(path)
+        for token in dict.fromkeys([*drafted, *matched]):
+            first, second = drafted.get(token), matched.get(token)
+            if first and second:
+                source, prob = "both", 1 - (1 - first) * (1 - second)
+            else:
+                source, prob = (self._name, first) if first else ("ngram", second or 0.0)
+            estimate, cell = self._cells.estimate(source, contested, len(path), prob)
+            expected[token] = cell, prob
+            yield token, log(estimate)
+
+    def matches(self, path: Path) -> dict[int, float]:
+        """What n-grams propose after a path that they have proposed."""
+        if self._votes is None:
+            return {}
+        if path not in self._matched:
+            follows = not path or path[-1] in self.matches(path[:-1])
+            found = self._votes(path) if follows else ()
+            self._matched[path] = {token: exp(logprob) for token, logprob in found}
+        return self._matched[path]
