@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specplus.errors import SpecPlusError
+from vllm_specplus.errors import SpecPlusError, bad_option
 
 main = typer.Typer(add_completion=False, no_args_is_help=True)
 train = typer.Typer(no_args_is_help=True, help="Trains draft heads for a model.")
@@ -96,6 +96,8 @@ def tune(
         engine={"max_num_seqs": 8, "max_model_len": max_model_len, "enforce_eager": eager},
     )
     with _one_line():
+        if not out.resolve().parent.is_dir():
+            raise bad_option("out", str(out), "is in a folder that does not exist", "make it first")
         texts = [prompt.text for prompt in read_prompts(prompts)]
         tuned = measure(options, texts[:: -(-len(texts) // limit)])
     out.write_text(tuned.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -129,3 +129,12 @@ def test_sources_share_their_nodes() -> None:
     assert len(set(both)) == len(both)
     alone = Decoding(make("ngram"), mixing, list(decoding.tokens)).step()
     assert set(decoding.proposer.propose([decoding.request()])[0].paths()) & set(alone.paths())
+
+
+def test_an_idle_window_is_worth_no_more_than_at_first() -> None:
+    """A worth that grows without bound was seen to fail."""
+    worth = WindowWorth()
+    worth.observe(0, 10_000)
+    for _ in range(100_000):
+        worth.observe(0, 0)
+    assert worth.value == pytest.approx(WindowWorth.START_VALUE)

@@ -134,7 +134,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         """Tells the proposer what a level of drafts takes, where it drafts in levels."""
         if isinstance(proposer := self.round.proposer, MtpProposer):
             size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            rows = torch.zeros(64, size, dtype=dtype)
+            rows = torch.zeros(min(64, self.max_model_len), size, dtype=dtype)
             proposer.measure_levels(lambda: self._time_rows(1), rows)
 
     def _time_rows(self, rows: int) -> float:

@@ -47,7 +47,8 @@ class PoolCells:
 class WindowWorth:
     """Tokens that a row of the window brings in the end; starts as if it had seen 300 rows.
 
-    While no row is granted it is thought a little better of, so that the window is tried again.
+    While no row is granted it is thought a little better of, up to what it started with, so that
+    the window is tried again.
     """
 
     START_ROWS, START_VALUE = 300.0, 0.2
@@ -69,7 +70,8 @@ class WindowWorth:
         self._tokens = kept * self._tokens + num_tokens
         self._rows = kept * self._rows + num_rows
         if not num_rows:
-            self._tokens *= 1 + self.CURIOSITY
+            better = self._tokens * (1 + self.CURIOSITY)
+            self._tokens = max(self._tokens, min(better, self._rows * self.START_VALUE))
 
 
 @dataclass(slots=True)

@@ -195,7 +195,7 @@ class MtpProposer(Proposer):
         in use.
 
         target: runs the target, whose weights have then been in the caches last, as in a step.
-        hidden_states: [64 or more, hidden_size], any.
+        hidden_states: [most rows to time, hidden_size], any.
         """
 
         def level_ms(num_rows: int) -> float:
@@ -206,7 +206,9 @@ class MtpProposer(Proposer):
             self.model.best_tokens(0, frontier, NUM_CHILDREN)
             return 1e3 * (time.perf_counter() - began)
 
-        self._gate.cost = CostModel(fastest(level_ms, (1, MAX_FRONTIER, 64)))
+        most = len(hidden_states)
+        points = sorted({1, min(MAX_FRONTIER, most), most})
+        self._gate.cost = CostModel(fastest(level_ms, points))
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         # Where a request starts behind cached blocks, the modules see the keys and values that an

@@ -191,7 +191,8 @@ def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
     given = keys.get("num_speculative_tokens") is not None or keys.get("model") is not None
     tree = keys["tree"]
     static = not is_derived(tree) and isinstance(parse_tree(tree), StaticTree)
-    if given or static or "mtp" not in own or not num_mtp_modules(model):
+    tuned = str(tree).startswith("tuned:")  # which has a depth
+    if given or static or tuned or "mtp" not in own or not num_mtp_modules(model):
         return keys
     return keys | {"num_speculative_tokens": num_mtp_modules(model)}
 
