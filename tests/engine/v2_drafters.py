@@ -267,6 +267,15 @@ def distribution(rule: str, name: str = "draft") -> None:
         assert p_value(tokens[:, kept], probs.sum(summed)) > SMALLEST_P, (rule, kept)
 
 
+def drawn(name: str, rule: str) -> None:
+    """Around a sampled chain greedy text is plain text, and sampled text accepts drafts."""
+    wanted, ours = requests(name), drafting(name, NUM_NODES, speculative_verify=rule)
+    assert texts(ours, wanted) == texts(engine(DRAFTERS[name][1]), wanted)
+    assert ours.extra_tokens > 0
+    ours.run(seeded(name))
+    assert ours.extra_tokens > 0
+
+
 def graphs(name: str) -> None:
     """On a GPU all is graphed but a first pass over the metadata of the target's trees."""
     executor = drafting(name, DEPTH).llm.llm_engine.engine_core.engine_core.model_executor
@@ -331,6 +340,8 @@ SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).i
     "experts: mtp3, mimo v2, 3 modules": lambda: all_modules("mimo_v2", 3),
     "experts: mtp3, trained on the one before": lambda: conventions("glm3", "previous"),
     "experts: mtp3, trained on the target": lambda: conventions("glm3 from target", "target"),
+    "drafter: heads, drawn by rejection": lambda: drawn("heads", "rejection"),
+    "drafter: heads, drawn by traversal": lambda: drawn("heads", "traversal"),
     "drafter: draft, distribution by rejection": lambda: distribution("rejection"),
     "drafter: draft, distribution by traversal": lambda: distribution("traversal"),
     "drafter: heads, trees of the dense modules": lambda: dense("previous"),
