@@ -57,6 +57,11 @@ class Method:
     default_depth: int | None = None
     heads: bool = False
 
+    @property
+    def is_draft_model(self) -> bool:
+        """Whether its model is of a draft model class of vLLM's."""
+        return self.native is not None and self.model == "required"
+
 
 METHODS: dict[str, Method] = {
     "ngram": Method("ngram", "none"),

@@ -25,7 +25,7 @@ from tests.engine.features import assert_equal
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_mtp import PROB_TOLERANCE, watch_drafts
 from vllm_specplus.engine.drafters import paged
-from vllm_specplus.engine.drafters.modules_v1 import PagedModules, attends
+from vllm_specplus.engine.drafters.models_v1 import PagedModules, attends
 from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.proposers import levels, mtp
 from vllm_specplus.proposers.mtp import NUM_CHILDREN
@@ -136,7 +136,7 @@ def expected_drafts(
     for step in range(level + 1):
         shift = 1 + step * several
         inputs = torch.tensor(tokens[shift : shift + len(hidden)])
-        out = model._run(step, inputs, torch.arange(len(inputs)), hidden)
+        out, _ = model._run(step, inputs, torch.arange(len(inputs)), hidden)
         if several:
             hidden = states if convention == "target" else out
         else:
@@ -194,8 +194,8 @@ def other_slots(monkeypatch):
 
 def other_convention(monkeypatch):
     """Modules after the first read the other hidden state than they should."""
-    other = property(lambda self: self.model.hidden_state_from != "previous")
-    monkeypatch.setattr(mtp.MtpProposer, "_chained", other)
+    other = property(lambda self: "target")  # whatever it was made with
+    monkeypatch.setattr(PagedModules, "hidden_state_from", other)
 
 
 SABOTAGES = [of_other_positions, one_module, other_positions, other_slots, other_convention]

@@ -26,7 +26,7 @@ def ngrams(path):
 
 def draft(cells: SourceCells, state: _Request) -> _Draft:
     request = DraftRequest("0", np.array([1, 2], np.int32), 3, 8, num_slots=64)
-    draft = _Draft(request, state, cells, ngrams, None, chained=True)  # type: ignore[arg-type]
+    draft = _Draft(request, state, cells, ngrams, None, "previous")  # type: ignore[arg-type]
     draft.branch(0, [{5: 0.5, 7: 0.3}])
     return draft
 
@@ -55,7 +55,7 @@ def test_each_source_learns_what_it_is_worth() -> None:
 def test_the_frontier_and_its_ancestors_fit_the_slots() -> None:
     state = new_state()
     request = DraftRequest("0", np.array([1, 2], np.int32), 3, 8, num_slots=2)
-    narrow = _Draft(request, state, SourceCells(), None, None, chained=True)
+    narrow = _Draft(request, state, SourceCells(), None, None, "previous")
     narrow.branch(0, [{5: 0.5, 7: 0.2, 8: 0.1}])
     assert narrow.nodes == list(narrow.frontier) == [(5,), (7,)]
     narrow.branch(1, [{3: 0.5}, {4: 0.5}])
@@ -67,7 +67,7 @@ def test_only_nodes_that_have_run_are_continued() -> None:
     matches = {(): [(9, log(0.9))], (9,): [(6, log(0.9))], (9, 6): []}
     request = DraftRequest("0", np.array([1, 2], np.int32), 3, 8, num_slots=1)
     state, votes = new_state(), matches.__getitem__
-    narrow = _Draft(request, state, SourceCells(), votes, None, True)  # type: ignore[arg-type]
+    narrow = _Draft(request, state, SourceCells(), votes, None, "previous")  # type: ignore[arg-type]
     narrow.branch(0, [{5: 0.95}])
     assert list(narrow.frontier) == [(5,)]
     narrow.branch(1, [{3: 0.01}])

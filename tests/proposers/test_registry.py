@@ -26,7 +26,7 @@ def test_ngram_is_there() -> None:
 @pytest.mark.parametrize("model", ["[mtp]x", "[mtp3]x", "[mtp3+ngram]x", "[ngram+mtp3]x"])
 def test_heads_may_be_joined_by_ngrams(model: str) -> None:
     proposer = create(config(model))
-    assert isinstance(proposer, MtpProposer) and proposer.path == "x"
+    assert isinstance(proposer, MtpProposer) and proposer.drafter.model == "x"
     assert isinstance(create(config("[ngram+medusa]x")), MedusaProposer)
 
 

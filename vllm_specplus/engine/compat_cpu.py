@@ -6,9 +6,11 @@ Apart from compat.py so that an engine on a GPU loads none of it.
 from __future__ import annotations
 
 import torch
+from vllm.config import replace
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.model_loader import get_model
 from vllm.sampling_params import SamplingType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,

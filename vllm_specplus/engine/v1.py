@@ -38,8 +38,8 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingType,
 )
 from vllm_specplus.engine.drafters.medusa_cpu import packed_medusa
-from vllm_specplus.engine.drafters.mtp import load_draft_model
-from vllm_specplus.engine.drafters.paged import PagedLayers
+from vllm_specplus.engine.drafters.models_v1 import PagedModel, reads_aux_hidden_states
+from vllm_specplus.engine.drafters.mtp import PagedHeads, load_draft_model
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.medusa import MedusaProposer
@@ -56,15 +56,15 @@ class TreeDrafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = vllm_config.additional_config["specplus"]
         self.round = SpecRound(SpecPlusConfig.model_validate(options))
-        self.modules: PagedLayers | None = None
+        self.model: PagedHeads | PagedModel | None = None
         self._vllm_config = vllm_config
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """Loads the proposer's MTP modules, if it has some."""
+        """Loads what the proposer drafts with beside the target, if it does."""
         proposer = self.round.proposer
         if isinstance(proposer, MtpProposer):
-            modules = load_draft_model(proposer, target_model, self._vllm_config)
-            proposer.model = self.modules = modules
+            self.model = load_draft_model(proposer, target_model, self._vllm_config)
+            proposer.model = self.model
         elif isinstance(proposer, MedusaProposer):
             heads = packed_medusa(proposer.config, target_model, self._vllm_config)
             proposer.model, proposer.num_heads = heads, heads.config.num_heads
@@ -92,6 +92,9 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.round: SpecRound = self.drafter.round
+        self.use_aux_hidden_state_outputs = reads_aux_hidden_states(
+            self.round.proposer, vllm_config
+        )
         self._drafts: dict[str, Tree] = {}
         self._current: _Step | None = None
         self._commit_plans: dict[int, KVCommitPlan] = {}
@@ -115,8 +118,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
             caches = [layers[name].kv_cache for name in group.layer_names]
             self._commit_plans[gid] = KVCommitPlan([v for c in caches for v in vec_kv_views(c)])
-            if self.drafter.modules is not None:
-                self.drafter.modules.bind(group.layer_names, self.input_batch.block_table[gid])
+            if self.drafter.model is not None:
+                self.drafter.model.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
     def measure_step_costs(self) -> dict[int, float]:
@@ -133,9 +136,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     def measure_level_costs(self) -> None:
         """Tells the proposer what a level of drafts takes, where it drafts in levels."""
         if isinstance(proposer := self.round.proposer, MtpProposer):
-            size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            rows = torch.zeros(min(64, self.max_model_len), size, dtype=dtype)
-            proposer.measure_levels(lambda: self._time_rows(1), rows)
+            most, dtype = min(64, self.drafter.model.max_len), self.model_config.dtype
+            proposer.measure_levels(lambda: self._time_rows(1), most, dtype)
 
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()
@@ -255,6 +257,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         self._commit_rows([hidden_states, *(aux_hidden_states or ())], step.moves)
         req_ids = self.input_batch.req_ids
         on_path, row_tokens = step.on_path.tolist(), step.row_tokens.tolist()
+        if aux_hidden_states:
+            hidden_states = self.drafter.model.combine(aux_hidden_states)
         self._absorb(hidden_states, sampled_token_ids)
         requests = []
         for index, (req_id, tree) in enumerate(zip(req_ids, step.trees, strict=True)):
@@ -288,7 +292,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
 
     def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
         """Bounds of a request's next draft; none for prompt chunks."""
-        state, modules = self.requests[req_id], self.drafter.modules
+        state, model = self.requests[req_id], self.drafter.model
         params = state.sampling_params
         num_tokens = int(self.input_batch.num_tokens_no_spec[index])
         room = self.max_model_len - num_tokens - 1
@@ -304,7 +308,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             max_nodes=min(room, self.num_spec_tokens),
             chain_only=fallback(params) == "structured_outputs",
             index=index,
-            num_slots=0 if modules is None else modules.num_slots(index),
+            num_slots=0 if model is None else model.num_slots(index),
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:

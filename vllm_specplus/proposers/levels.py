@@ -18,7 +18,7 @@ class RequestRows:
     index: its row in the engine's batch. start: the first position, up to which the module has keys
     and values; the rows lie in KV slots `start`, `start + 1`, ... tokens: one per row. parents,
     depths: per node, the node above it (-1: none) and its depth, from 1 on. hidden_states:
-    [num_rows, hidden_size].
+    [num_rows, state_size].
     """
 
     index: int
@@ -66,21 +66,31 @@ MAX_NODES = WORD_BITS
 """Nodes that a level can run for one request."""
 
 
+HiddenStates = Literal["previous", "target"] | None
+"""Whose hidden states the levels after the first read. None: no level reads any."""
+
+
 class DraftModel(Protocol):
-    """Modules that draft one level each, over an engine's KV cache.
+    """Modules that draft one level each, over an engine's KV cache; or one model that drafts all.
 
     num_caches: levels with a module and a cache of their own. Deeper ones run the last of these
     modules over its own cache, one position on each time: one module is unrolled.
+    hidden_state_from: with None, its rows stand at the positions of their tokens, else before them.
+    state_size: features of the hidden state that a row takes, 0 with None.
     """
 
     num_levels: int
     num_caches: int
-    hidden_state_from: Literal["previous", "target"]
+    hidden_state_from: HiddenStates
+    state_size: int
 
-    def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
+    def forward(
+        self, level: int, requests: Sequence[RequestRows]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the module of `level` (from 0) and keeps its keys and values.
 
-        Returns the rows' hidden states, [sum of rows, hidden_size].
+        Returns of each row what `best_tokens` takes, and the hidden state that the rows below it
+        take in the next level, [sum of rows, state_size].
         """
 
     def best_tokens(
@@ -88,5 +98,5 @@ class DraftModel(Protocol):
     ) -> list[dict[int, float]]:
         """Per row, the `num` likeliest next tokens and their probabilities, in (0, 1].
 
-        hidden_states: rows that `forward` returned for the level.
+        hidden_states: of the first that `forward` returned for the level.
         """

@@ -1,4 +1,6 @@
-"""Multi-token prediction: module k drafts depth k from the hidden states of the depth above.
+"""Drafts level by level: MTP modules, EAGLE's heads and draft models.
+
+In multi-token prediction module k drafts depth k from the hidden states of the depth above.
 
 Module k takes, at position t, a hidden state of t (the target's for module 1, else module k-1's or
 the target's) and token t+k, and predicts token t+k+1 (DeepSeek-V3, 2024, arXiv 2412.19437). Each
@@ -10,7 +12,13 @@ before that its row is drafted anew every round. So a level is one forward pass 
 and what follows the deepest nodes are the candidates of the next level. A module that drafts all
 levels alone keeps token t+1 at position t in all of them, so its committed rows are those of the
 first level. The best candidates are continued (EAGLE-2, Li et al. 2024, arXiv 2406.16858); in a
-chain it is one. n-gram matches may join as a second source: a token that both propose is one
+chain it is one.
+
+EAGLE (Li et al. 2024, arXiv 2401.15077) and EAGLE-3 (2025, arXiv 2503.01840) are one such module;
+the hidden states that EAGLE-3 starts from are those of several layers of the target. A draft model
+reads none: it keeps token t at position t, so that its committed rows reach up to the last token.
+
+n-gram matches may join as a second source: a token that both propose is one
 candidate, and what each source and their agreement are worth is learned online.
 """
 
@@ -28,11 +36,13 @@ from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import Expectations
 from vllm_specplus.proposers.level_gate import LevelGate, Prospect
-from vllm_specplus.proposers.levels import MAX_NODES, DraftModel, RequestRows
+from vllm_specplus.proposers.levels import MAX_NODES, DraftModel, HiddenStates, RequestRows
 from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import SourceCells, Sources
 
+MODELS = ("draft", "eagle", "eagle3", "mtp", "mtp3")
+"""The methods that draft level by level."""
 NUM_CHILDREN = 8
 """Candidates after a node."""
 MAX_FRONTIER = 8
@@ -68,38 +78,41 @@ class _Draft:
         cells: SourceCells,
         votes: Votes | None,
         paths: Collection[Path] | None,
-        chained: bool,
+        hidden_state_from: HiddenStates,
     ) -> None:
         self.request, self.state = request, state
         self.nodes: list[Path] = []
         self.level_tokens = 0.0
         self.frontier: dict[Path, float] = {(): 1.0}
-        self._paths, self._chained = paths, chained
+        self._paths, self._reads = paths, hidden_state_from
         self._drafted: dict[Path, dict[int, float]] = {}
-        self._sources = Sources("mtp", self._after, votes, cells, state.expectations)
+        self._sources = Sources("model", self._after, votes, cells, state.expectations)
         self._hidden_states: dict[Path, torch.Tensor] = {}
 
     def _after(self, path: Path) -> dict[int, float]:
         return self._drafted.get(path, {})
 
     def wants(self, level: int) -> bool:
-        """Whether a level can be drafted: its committed rows must reach up to the nodes."""
-        start = self.state.starts[self.state.cache(level)]
-        allowed = level < self.request.max_depth and start <= self._end(level)
+        """Whether a level can be drafted: its committed rows must reach up to the nodes, and have
+        KV slots, which the last token may not have yet."""
+        start, end = self.state.starts[self.state.cache(level)], self._end(level)
+        allowed = level < self.request.max_depth and start <= end <= self.request.num_slots
         return allowed and bool(self.frontier)
+
+    def _ahead(self, level: int) -> int:
+        """How many positions the token of a row is ahead of the row."""
+        return 0 if self._reads is None else self.state.cache(level) + 1
 
     def _end(self, level: int) -> int:
         """The position behind the committed rows of a level."""
-        return len(self.request.token_ids) - self.state.cache(level) - 1
+        return len(self.request.token_ids) - self._ahead(level)
 
     def rows(self, level: int) -> RequestRows:
         """What the module of `level` is to run for this request."""
-        cache = self.state.cache(level)
-        start, inputs = self.state.starts[cache], torch.cat(self.state.inputs[cache])
+        start = self.state.starts[self.state.cache(level)]
         num_known = self._end(level) - start
-        known_tokens = self.request.token_ids[start + cache + 1 :].tolist()
+        known_tokens = self.request.token_ids[start + self._ahead(level) :].tolist()
         row_of = {path: row for row, path in enumerate(self.nodes)}
-        above = [self._above(path, inputs[num_known:]) for path in self.nodes]
         return RequestRows(
             index=self.request.index,
             start=start,
@@ -107,26 +120,38 @@ class _Draft:
             tokens=[*known_tokens, *(path[-1] for path in self.nodes)],
             parents=[row_of.get(path[:-1], -1) for path in self.nodes],
             depths=[len(path) for path in self.nodes],
-            hidden_states=torch.cat([inputs[:num_known], *above]),
+            hidden_states=self._inputs(level, num_known),
         )
 
+    def _inputs(self, level: int, num_known: int) -> torch.Tensor:
+        """The hidden states that the rows of a level take, [num_rows, state_size]."""
+        if self._reads is None:
+            return torch.empty(num_known + len(self.nodes), 0)
+        inputs = torch.cat(self.state.inputs[self.state.cache(level)])
+        above = [self._above(path, inputs[num_known:]) for path in self.nodes]
+        return torch.cat([inputs[:num_known], *above])
+
     def _above(self, path: Path, inputs: torch.Tensor) -> torch.Tensor:
-        """The hidden state that a node's row takes, [1, hidden_size]."""
-        if self._chained:
+        """The hidden state that a node's row takes, [1, state_size]."""
+        if self._reads == "previous":
             return self._hidden_states[path[:-1]][None]
         return inputs[len(path) - 1 : len(path)]
 
-    def advance(self, level: int, num_known: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Takes a level's hidden states, returns those of the frontier: [width, hidden_size]."""
+    def advance(
+        self, level: int, num_known: int, last: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """Takes what a level returned of its rows; returns the rows of `last` of the frontier."""
         state, cache = self.state, self.state.cache(level)
         state.starts[cache] += num_known
-        state.inputs[cache] = [torch.cat(state.inputs[cache])[num_known:].clone()]
-        if self._chained and cache + 1 < len(state.inputs):
+        if self._reads is not None:
+            state.inputs[cache] = [torch.cat(state.inputs[cache])[num_known:].clone()]
+        if self._reads == "previous" and cache + 1 < len(state.inputs):
             state.inputs[cache + 1].append(hidden_states[:num_known].clone())
         root = hidden_states[num_known - 1] if num_known else self._hidden_states[()]
         nodes = zip(self.nodes, hidden_states[num_known:], strict=True)
         self._hidden_states = {(): root, **dict(nodes)}
-        return torch.stack([self._hidden_states[path] for path in self.frontier])
+        row_of = {(): num_known - 1} | {p: num_known + row for row, p in enumerate(self.nodes)}
+        return last[[row_of[path] for path in self.frontier]]
 
     def branch(self, level: int, children: Sequence[dict[int, float]]) -> None:
         """Takes what follows each node of the frontier, and picks the next one: below nodes that
@@ -165,21 +190,20 @@ class _Draft:
         return grow(self._sources.expand, request.max_nodes, depth, request.min_prob, self._paths)
 
 
-@register("mtp", "mtp3", "mtp+ngram", "mtp3+ngram")
+@register(*MODELS, *(f"{name}+ngram" for name in MODELS))
 class MtpProposer(Proposer):
-    """Chains and trees of MTP modules, with n-gram matches where they are asked for.
+    """Chains and trees of what drafts level by level, with n-gram matches where they are asked for.
 
-    path: of the heads checkpoint, None for the target's own modules. model: what runs the modules;
-    the engine sets it when it has loaded the target.
+    drafter: the method and its path, None for the target's own modules. model: what runs it; the
+    engine sets it when it has loaded the target.
     """
 
     model: DraftModel
 
     def __init__(self, config: SpecPlusConfig) -> None:
         super().__init__(config)
-        models = {spec.name: spec.model for spec in config.methods}
-        self.path = next(path for name, path in models.items() if name != "ngram")
-        self._ngrams = NgramProposer(config) if "ngram" in models else None
+        self.drafter = next(spec for spec in config.methods if spec.name in MODELS)
+        self._ngrams = NgramProposer(config) if len(config.methods) > 1 else None
         self._cells = SourceCells()
         self._gate = LevelGate(config.num_speculative_tokens)
         self._requests: dict[str, _Request] = {}
@@ -187,26 +211,26 @@ class MtpProposer(Proposer):
     def num_levels(self, num_modules: int) -> int:
         """How deep heads of so many modules draft: [mtp3] runs the last of fewer than three again,
         and what is deeper is left to n-grams."""
-        most = max(num_modules, 3) if "mtp3" in self.config.method else num_modules
+        most = max(num_modules, 3) if self.drafter.name == "mtp3" else num_modules
         return min(most, self.config.num_speculative_tokens)
 
-    def measure_levels(self, target: Callable[[], object], hidden_states: torch.Tensor) -> None:
+    def measure_levels(self, target: Callable[[], object], most: int, dtype: torch.dtype) -> None:
         """Times a level at several numbers of rows, in KV slots of the batch's row 0: before it is
         in use.
 
         target: runs the target, whose weights have then been in the caches last, as in a step.
-        hidden_states: [most rows to time, hidden_size], any.
+        most: rows to time. dtype: of hidden states.
         """
+        hidden_states = torch.zeros(most, self.model.state_size, dtype=dtype)
 
         def level_ms(num_rows: int) -> float:
             target()
             began, states = time.perf_counter(), hidden_states[:num_rows]
             rows = RequestRows(0, 0, num_rows, [0] * num_rows, [], [], states)
-            frontier = self.model.forward(0, [rows])[:MAX_FRONTIER]
-            self.model.best_tokens(0, frontier, NUM_CHILDREN)
+            last, _ = self.model.forward(0, [rows])
+            self.model.best_tokens(0, last[:MAX_FRONTIER], NUM_CHILDREN)
             return 1e3 * (time.perf_counter() - began)
 
-        most = len(hidden_states)
         points = sorted({1, min(MAX_FRONTIER, most), most})
         self._gate.cost = CostModel(fastest(level_ms, points))
 
@@ -219,9 +243,11 @@ class MtpProposer(Proposer):
             state = _Request(start, [start] * caches, [[] for _ in range(caches)])
             self._requests[req_id] = state
         state.end += len(hidden_states)
-        kept = hidden_states.clone()
-        for inputs in state.inputs[: 1 if self._chained else caches]:
-            inputs.append(kept)
+        takers = {None: 0, "previous": 1, "target": caches}[self.model.hidden_state_from]
+        if takers:
+            kept = hidden_states.clone()
+            for inputs in state.inputs[:takers]:
+                inputs.append(kept)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
         drafts = [self._open(request) for request in requests]
@@ -236,16 +262,13 @@ class MtpProposer(Proposer):
         if self._ngrams is not None:
             self._ngrams.forget(req_id)
 
-    @property
-    def _chained(self) -> bool:
-        return self.model.hidden_state_from == "previous"
-
     def _open(self, request: DraftRequest) -> _Draft:
         state = self._requests[request.req_id]
         state.expectations.settle(request.token_ids[state.num_tokens :].tolist())
         state.num_tokens = len(request.token_ids)
         votes = None if self._ngrams is None else self._ngrams.votes(request)
-        return _Draft(request, state, self._cells, votes, self.paths(request), self._chained)
+        reads = self.model.hidden_state_from
+        return _Draft(request, state, self._cells, votes, self.paths(request), reads)
 
     def _draft_level(self, level: int, drafts: Sequence[_Draft]) -> bool:
         """Adds a level to the drafts, unless it is not worth its time."""
@@ -253,10 +276,11 @@ class MtpProposer(Proposer):
         if not self._gate.opens(level, prospects):
             return False
         rows = [draft.rows(level) for draft in drafts]
-        hidden_states = self.model.forward(level, rows).split([len(each) for each in rows])
+        lens = [len(each) for each in rows]
+        states = zip(*(part.split(lens) for part in self.model.forward(level, rows)), strict=True)
         frontiers = [
-            draft.advance(level, each.num_known, hidden)
-            for draft, each, hidden in zip(drafts, rows, hidden_states, strict=True)
+            draft.advance(level, each.num_known, *of_rows)
+            for draft, each, of_rows in zip(drafts, rows, states, strict=True)
         ]
         children = iter(self.model.best_tokens(level, torch.cat(frontiers), NUM_CHILDREN))
         for draft, frontier in zip(drafts, frontiers, strict=True):

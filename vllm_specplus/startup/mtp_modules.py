@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.mtp_models import NEXTN, find_mtp_model
+from vllm_specplus.errors import OptionError, bad_option
 from vllm_specplus.startup.host import own_modules, tree_engine
 
 logger = logging.getLogger("vllm.specplus")
@@ -76,14 +77,57 @@ def counted_modules(engine_args: Any) -> Iterator[None]:
         yield
 
 
-def modules_config(create: Callable[[], Any], engine_args: Any, depth: int) -> Any:
-    """The ModelConfig of the target's own modules, where they are not a drafter of vLLM's: `create`
-    makes the SpeculativeConfig of `engine_args`."""
+def set_draft_model(
+    speculative: Any, config: SpecPlusConfig, create: Callable[[], Any], engine_args: Any
+) -> None:
+    """Gives the SpeculativeConfig of an engine of ours the draft model of `config`, if that is of a
+    class of vLLM's: `create` makes the SpeculativeConfig of `engine_args`."""
     from vllm_specplus.engine.compat import scoped
 
-    keys = {"method": METHODS["mtp"].native, "num_speculative_tokens": depth}
+    keys: dict[str, Any] = {"num_speculative_tokens": config.num_speculative_tokens}
+    if takes_own_modules(config):
+        keys["method"] = METHODS["mtp"].native
+    elif specs := [spec for spec in config.methods if METHODS[spec.name].is_draft_model]:
+        keys |= {"method": METHODS[specs[0].name].native, "model": specs[0].model}
+        keys["revision"] = config.revision
+    else:
+        return
     with scoped(engine_args, "speculative_config", keys), counted_modules(engine_args):
-        return create().draft_model_config
+        drafter = create()
+    speculative.draft_model_config = drafter.draft_model_config
+    speculative.draft_parallel_config = drafter.draft_parallel_config
+
+
+@contextmanager
+def vocabularies_compared() -> Iterator[None]:
+    """While a SpeculativeConfig is made: vLLM's check that a draft model has the vocabulary of its
+    target is one sentence, which names our option."""
+    from pydantic import ValidationError
+    from vllm.config import SpeculativeConfig
+
+    from vllm_specplus.engine.compat import scoped
+
+    check = SpeculativeConfig.verify_equal_vocab_size_if_draft_model
+
+    def compare(speculative: Any) -> None:
+        try:
+            check(speculative)
+        except ValueError:
+            target, draft = speculative.target_model_config, speculative.draft_model_config
+            raise bad_option(
+                "speculative_model",
+                draft.model,
+                f"has a vocabulary of {draft.get_vocab_size()} tokens, and that of {target.model} "
+                f"has {target.get_vocab_size()}",
+                "give a draft model of the same vocabulary",
+            ) from None
+
+    with scoped(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", compare):
+        try:
+            yield
+        except ValidationError as error:
+            cause = error.errors()[0].get("ctx", {}).get("error")
+            raise cause if isinstance(cause, OptionError) else error from None
 
 
 def count_modules(override: Callable[[Any], Any], depth: int, hf_config: Any) -> Any:

@@ -156,6 +156,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         needs: tuple[Need, ...] = ("checks",) if checked else ()
         if worker_cls is not None:
             _set(result, "worker_cls", worker_cls, unset="auto")
+        if worker_cls is not None or config.method == "draft":
             needs += ("drafts",)
         return result, needs
     engine = tree_engine()
@@ -171,7 +172,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
             chain["draft_sample_method"] = "probabilistic"
         result["speculative_config"] = chain | others | widths
     else:
-        if any(METHODS[spec.name].heads and spec.model for spec in trunks):
+        if any(spec.model for spec in trunks):
             config = config.model_copy(update={"revision": others.pop("revision", None)})
         _check_alone(others)
         result["speculative_config"] = widths | {
@@ -318,8 +319,12 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
     _check_heads(config, model)
     chains = ", ".join(f"[{name}]" for name in _OUR_NAMES.values())
     trees = ", ".join(f"[{name}]" for name in engine.methods)
-    ours = [s for s in config.methods if METHODS[s.name].heads or METHODS[s.name].native is None]
     on_cpu = engine is CPU_ENGINE
+    ours = [
+        s
+        for s in config.methods
+        if on_cpu or METHODS[s.name].heads or METHODS[s.name].native is None
+    ]
     grows = any(spec.model or (on_cpu and METHODS[spec.name].heads) for spec in ours)
     chain = isinstance(config.tree, Chain) and not grows
     if chain or config.method not in engine.methods:

@@ -21,7 +21,11 @@ from vllm_specplus.core.width import MOST_REQS, describe, every_width
 from vllm_specplus.errors import NotBuiltError, SpecPlusError
 from vllm_specplus.startup import metrics
 from vllm_specplus.startup.host import CPU_ENGINE, V2_ENGINE, wanted_engine
-from vllm_specplus.startup.mtp_modules import counted_modules, modules_config, takes_own_modules
+from vllm_specplus.startup.mtp_modules import (
+    counted_modules,
+    set_draft_model,
+    vocabularies_compared,
+)
 from vllm_specplus.startup.options import OPTIONS, fold, speaks_ours, translate, tree_options
 from vllm_specplus.startup.refusals import chain_refusals, tree_refusals
 
@@ -89,13 +93,13 @@ def _create_speculative_config(
     wrapped: Callable[..., Any], engine_args: Any, args: Arguments, kwargs: Keywords
 ) -> Any:
     """vLLM's checks saw the depth of the draft; what it schedules from here on are tree nodes."""
-    with counted_modules(engine_args):
-        speculative = wrapped(*args, **kwargs)
+    create = partial(wrapped, *args, **kwargs)
     options = tree_options(engine_args.additional_config)
+    with vocabularies_compared(), counted_modules(engine_args):
+        speculative = create()
+        if options is not None and wanted_engine() is CPU_ENGINE:
+            set_draft_model(speculative, options, create, engine_args)
     if speculative is not None and options is not None:
-        if takes_own_modules(options) and wanted_engine() is CPU_ENGINE:
-            create, depth = partial(wrapped, *args, **kwargs), options.num_speculative_tokens
-            speculative.draft_model_config = modules_config(create, engine_args, depth)
         speculative.num_speculative_tokens = options.num_nodes
         speculative.specplus = True
         speculative.specplus_log_stats = not engine_args.disable_log_stats

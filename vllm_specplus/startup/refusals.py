@@ -97,21 +97,24 @@ Finding = tuple[str, object, str, str]
 
 
 def _model_refusals(vllm_config: Any) -> Iterator[Finding]:
-    model = vllm_config.model_config
+    yield from _attention_refusals("model", vllm_config.model_config)
+
+
+def _attention_refusals(field: str, model: Any) -> Iterator[Finding]:
     layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
     recurrent = layer_types & {"linear_attention", "mamba", "recurrent", "conv"}
     other = "use another model"
     if model.has_inner_state or model.is_attention_free or model.is_hybrid or recurrent:
         reason = "it has recurrent layers (mamba or linear attention), whose state cannot branch"
-        yield "model", model.model, reason, other
+        yield field, model.model, reason, other
     if model.attention_chunk_size or "chunked_attention" in layer_types:
-        yield "model", model.model, "it has chunked local attention", other
+        yield field, model.model, "it has chunked local attention", other
     if model.is_encoder_decoder:
-        yield "model", model.model, "it is an encoder-decoder", other
+        yield field, model.model, "it is an encoder-decoder", other
     if model.use_mla:
-        yield "model", model.model, "trees are not built for multi-head latent attention", other
+        yield field, model.model, "trees are not built for multi-head latent attention", other
     if model.uses_alibi:
-        yield "model", model.model, "trees are not built for ALiBi attention", other
+        yield field, model.model, "trees are not built for ALiBi attention", other
 
 
 def _parallel_refusals(vllm_config: Any) -> Iterator[Finding]:
@@ -169,15 +172,18 @@ def _engine_refusals(vllm_config: Any) -> Iterator[Finding]:
 
 
 def _modules_refusals(vllm_config: Any) -> Iterator[Finding]:
-    """What modules of the target's own cannot be combined with on the V1 runner, where each rank
-    decides by its own clock what is drafted."""
+    """What a draft model of vLLM's, or modules of the target's own, cannot be combined with on the
+    V1 runner, where each rank decides by its own clock what is drafted."""
     options, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     own = options is not None and options.draft_model_config is not options.target_model_config
     if vllm_config.use_v2_model_runner or not own:
         return
     for field in ("tensor_parallel_size", "data_parallel_size"):
         if (size := getattr(parallel, field)) > 1:
-            yield field, size, "the model's MTP modules draft on one rank there", "set it to 1"
+            reason = "draft models and a model's MTP modules draft on one rank there"
+            yield field, size, reason, "set it to 1"
+    if options.draft_model_config.model != vllm_config.model_config.model:
+        yield from _attention_refusals("speculative_model", options.draft_model_config)
 
 
 def v2_refusals(vllm_config: Any) -> Iterator[Finding]:

@@ -46,13 +46,18 @@ def load_modules(load: Callable[[], nn.Module], options: Any) -> Any:
     draft is deep. Its attribute `spec_step` is the step that it runs next."""
     several = has_several_modules(options)
     with all_modules(options) if several else nullcontext():
-        model: Any = load()
-    compiled: list[Any] = [part for part in model.modules() if hasattr(part, "do_not_compile")]
-    for part in compiled:
-        part.do_not_compile = True  # compiled code would keep the first step's module
+        model: Any = run_uncompiled(load())
     model.spec_step = 0
     if several and "spec_step_idx" not in inspect.signature(type(model).forward).parameters:
         hand_on_the_step(model, model.model)
+    return model
+
+
+def run_uncompiled(model: nn.Module) -> nn.Module:
+    """Keeps vLLM from compiling a model: compiled code would keep the first step's module."""
+    compiled: list[Any] = [part for part in model.modules() if hasattr(part, "do_not_compile")]
+    for part in compiled:
+        part.do_not_compile = True
     return model
 
 

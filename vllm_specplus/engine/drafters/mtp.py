@@ -1,4 +1,4 @@
-"""Trained MTP modules, run level by level: what grows chains and trees of them on the CPU engine.
+"""What drafts level by level on the CPU engine; of it, trained MTP modules are run here.
 
 A module's attention is a layer of vLLM's own. The rest is plain torch, whole on every rank of a
 tensor parallel group: drafting needs no communication between ranks.
@@ -20,23 +20,33 @@ from vllm_specplus.engine.compat import (
 )
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
 from vllm_specplus.engine.drafters.heads import language_model, warn_of_another_target
-from vllm_specplus.engine.drafters.modules_v1 import PagedModules
+from vllm_specplus.engine.drafters.models_v1 import (
+    PagedDraftModel,
+    PagedModel,
+    PagedModules,
+    paged_eagle,
+)
 from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
 from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.mtp import MTPHeads
-from vllm_specplus.proposers.levels import RequestRows
+from vllm_specplus.proposers.levels import HiddenStates, RequestRows
 from vllm_specplus.proposers.mtp import MtpProposer
 
 
 def load_draft_model(
     proposer: MtpProposer, target: Any, vllm_config: VllmConfig
-) -> PagedHeads | PagedModules:
-    """What runs the proposer's levels: its heads, or the target's own modules."""
-    config = proposer.config
-    if proposer.path is None:
-        return PagedModules(target, vllm_config, config.num_speculative_tokens)
-    checkpoint = load_heads(proposer.path, config.revision)
+) -> PagedHeads | PagedModel:
+    """What runs the proposer's levels."""
+    config, drafter = proposer.config, proposer.drafter
+    num_levels = config.num_speculative_tokens
+    if drafter.name == "draft":
+        return PagedDraftModel(vllm_config, num_levels)
+    if drafter.name in ("eagle", "eagle3"):
+        return paged_eagle(target, vllm_config, num_levels)
+    if drafter.model is None:
+        return PagedModules(target, vllm_config, num_levels)
+    checkpoint = load_heads(drafter.model, config.revision)
     num_levels = proposer.num_levels(checkpoint.config.num_modules)
     return PagedHeads(checkpoint, target, vllm_config, num_levels)
 
@@ -48,9 +58,10 @@ class PagedHeads(PagedLayers):
         self, checkpoint: HeadsCheckpoint, target: Any, vllm_config: VllmConfig, num_levels: int
     ) -> None:
         config, model = checkpoint.config, vllm_config.model_config
-        check_fits(checkpoint, model.get_hidden_size(), model.get_vocab_size())
+        self.state_size = model.get_hidden_size()
+        check_fits(checkpoint, self.state_size, model.get_vocab_size())
         self.num_levels = self.num_caches = num_levels
-        self.hidden_state_from = config.hidden_state_from
+        self.hidden_state_from: HiddenStates = config.hidden_state_from
         self._embed_scale = config.embed_scale
         self._draft_vocab = checkpoint.draft_vocab
         heads = MTPHeads.from_checkpoint(checkpoint).to(model.dtype)
@@ -80,7 +91,9 @@ class PagedHeads(PagedLayers):
             self._draft_vocab = torch.arange(vocab_size)
         self._head = PackedLinear(gathered_rows(head, self._draft_vocab, copy=True))
 
-    def forward(self, level: int, requests: Sequence[RequestRows]) -> torch.Tensor:
+    def forward(
+        self, level: int, requests: Sequence[RequestRows]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DraftModel`."""
         tokens = torch.tensor([token for rows in requests for token in rows.tokens])
         layer = self.layers[level]
@@ -90,12 +103,13 @@ class PagedHeads(PagedLayers):
             return attended.view_as(q)
 
         with self.running(requests):
-            return self._modules[level](
+            out = self._modules[level](
                 torch.cat([rows.hidden_states for rows in requests]),
                 functional.embedding(tokens, self._embedding) * self._embed_scale,
                 torch.cat([rows.positions() for rows in requests]),
                 attend,
             )
+        return out, out
 
     def best_tokens(
         self, level: int, hidden_states: torch.Tensor, num: int

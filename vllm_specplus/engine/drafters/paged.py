@@ -55,11 +55,15 @@ def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
 
 
 class PagedLayers:
-    """A draft model's attention layers, and the runner's block tables of their KV cache groups."""
+    """A draft model's attention layers, and the runner's block tables of their KV cache groups.
+
+    max_len: the longest length of the draft model, which may be less than the target's.
+    """
 
     def __init__(self, layers: Sequence[Any], vllm_config: VllmConfig) -> None:
         self.layers = layers
         self._vllm_config = vllm_config
+        self.max_len: int = vllm_config.speculative_config.draft_model_config.max_model_len
         self._block_tables: dict[str, Any] = {}
 
     def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
@@ -68,9 +72,10 @@ class PagedLayers:
         self._block_tables |= dict.fromkeys(own, block_table)
 
     def num_slots(self, index: int) -> int:
-        """KV slots of row `index` of the batch in all of the layers."""
-        tables = self._block_tables.values()
-        return min(int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
+        """KV slots of row `index` of the batch in all of the layers, up to the longest length."""
+        tables = {id(table): table for table in self._block_tables.values()}.values()
+        slots = (int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
+        return min(self.max_len, *slots)
 
     @contextmanager
     def running(self, requests: Sequence[RequestRows]) -> Iterator[None]:
