@@ -30,10 +30,11 @@ from transformers import (
 
 from tests.engine.engines import model_path
 from tests.engine.heads import fitted
-from tests.engine.models import COMMON, TINY_VOCAB_SIZE, llama, randomize
+from tests.engine.models import COMMON, MAX_MODEL_LEN, TINY_VOCAB_SIZE, llama, randomize
 
 NUM_LAYERS = 2
 AUX_LAYERS = [0, 1]
+DRAFT_VOCAB = [0, 1, 3, 4, 6, 8, 9, 11]
 HIDDEN: Any = COMMON["hidden_size"]
 HEADS: dict[str, Any] = dict(hidden_state_from="previous", tied=False)
 """How our own heads are fitted."""
@@ -98,6 +99,15 @@ def draft(path: Path) -> Path:
     return path
 
 
+def small_draft(path: Path, max_len: int) -> Path:
+    """A random model whose keys and values have other sizes than the target's."""
+    sizes: Any = COMMON | dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
+    sizes |= dict(head_dim=64, max_position_embeddings=max_len)
+    config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=1, **sizes)
+    randomize(LlamaForCausalLM(config), seed=13).save_pretrained(path)
+    return path
+
+
 def eagle(path: Path) -> Path:
     weights = _layer() | {"fc.weight": _next_hidden(_target(), normed=False)}
     weights.pop("layers.0.input_layernorm.weight")
@@ -105,7 +115,8 @@ def eagle(path: Path) -> Path:
     return _write(path, weights, config | {"architectures": ["LlamaForCausalLM"]})
 
 
-def eagle3(path: Path) -> Path:
+def eagle3(path: Path, draft_vocab: list[int] | None = None) -> Path:
+    """With a `draft_vocab`, only these tokens are drafted."""
     weights = {n.replace("layers.0", "midlayer"): w for n, w in _layer().items()}
     for name in ("q", "k", "v"):
         key = f"midlayer.self_attn.{name}_proj.weight"
@@ -118,6 +129,10 @@ def eagle3(path: Path) -> Path:
     }
     config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=1, **COMMON).to_dict()
     config |= {"num_aux_hidden_states": 2, "eagle_aux_hidden_state_layer_ids": AUX_LAYERS}
+    if draft_vocab is not None:
+        weights["d2t"] = torch.tensor(draft_vocab) - torch.arange(len(draft_vocab))
+        weights["lm_head.weight"] = weights["lm_head.weight"][draft_vocab]
+        config["draft_vocab_size"] = len(draft_vocab)
     return _write(path, weights, config | {"architectures": ["LlamaForCausalLMEagle3"]})
 
 
@@ -259,6 +274,9 @@ BUILDERS = {
     "draft": draft,
     "eagle": eagle,
     "eagle3": eagle3,
+    "eagle3 reduced": lambda path: eagle3(path, DRAFT_VOCAB),
+    "small draft": lambda path: small_draft(path, MAX_MODEL_LEN),
+    "short draft": lambda path: small_draft(path, 48),
     "glm1": lambda path: glm(path, 1),
     "glm2": lambda path: glm(path, 2),
     "glm3": lambda path: glm(path, 3),

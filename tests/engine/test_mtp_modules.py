@@ -25,7 +25,7 @@ from tests.engine.features import assert_equal
 from tests.engine.models import TINY_VOCAB_SIZE
 from tests.engine.test_mtp import PROB_TOLERANCE, watch_drafts
 from vllm_specplus.engine.drafters import paged
-from vllm_specplus.engine.drafters.models_v1 import PagedModules, attends
+from vllm_specplus.engine.drafters.models_v1 import PagedModel, PagedModules, attends
 from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.proposers import levels, mtp
 from vllm_specplus.proposers.mtp import NUM_CHILDREN
@@ -35,8 +35,9 @@ OPTIONS = dict(max_num_seqs=8, skip_tokenizer_init=True)
 GREEDY = dict(temperature=0, max_tokens=24, ignore_eos=True)
 
 
-def engine(target, method="mtp3", tree="dynamic:8", **options) -> Engine:
-    options |= dict(speculative_model=f"[{method}]", num_speculative_tokens=DEPTH)
+def engine(target, method="mtp3", tree="dynamic:8", drafter="", **options) -> Engine:
+    path = drafter and drafter_path(drafter)
+    options |= dict(speculative_model=f"[{method}]{path}", num_speculative_tokens=DEPTH)
     path = drafter_path(target)
     return get_engine(path, "dynamic", speculative_tree=tree, **OPTIONS | options)
 
@@ -100,7 +101,7 @@ def test_modules_of_other_attention_are_refused() -> None:
 
 
 @contextmanager
-def dense(model: PagedModules) -> Iterator[None]:
+def dense(model: PagedModel) -> Iterator[None]:
     """Has the modules' attention see the rows of one call, all of them, and no KV cache."""
 
     def attention(layer):
@@ -128,7 +129,7 @@ def dense(model: PagedModules) -> Iterator[None]:
 
 
 def expected_drafts(
-    model: PagedModules, states: torch.Tensor, tokens: list[int], level: int, convention: str
+    model: PagedModel, states: torch.Tensor, tokens: list[int], level: int, convention: str
 ) -> dict[int, float]:
     """What follows `tokens`, of which the last `level` are drafts. states: the target's, of all
     tokens but these and the last one before them."""
@@ -136,16 +137,16 @@ def expected_drafts(
     for step in range(level + 1):
         shift = 1 + step * several
         inputs = torch.tensor(tokens[shift : shift + len(hidden)])
-        out, _ = model._run(step, inputs, torch.arange(len(inputs)), hidden)
+        out, below = model._run(step, inputs, torch.arange(len(inputs)), hidden)
         if several:
-            hidden = states if convention == "target" else out
+            hidden = states if convention == "target" else below
         else:
-            hidden = torch.cat([hidden, out[-1:]])
+            hidden = torch.cat([hidden, below[-1:]])
     (expected,) = model.best_tokens(level, out[-1:], NUM_CHILDREN)
     return expected
 
 
-def mismatches(drafted, hidden_states, model: PagedModules, convention: str) -> int:
+def mismatches(drafted, hidden_states, model: PagedModel, convention: str) -> int:
     """How many of the drafts are not what the dense modules give."""
     wrong = 0
     with dense(model):

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
+from tests.proposers.levels_model import FunctionModel
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path
 from vllm_specplus.proposers.base import DraftRequest, Proposer
+from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.registry import PROPOSERS, create
 
 Target = Callable[[Sequence[int]], int]
@@ -17,6 +20,7 @@ Target = Callable[[Sequence[int]], int]
 WITHOUT_MODEL = sorted(
     name for name in PROPOSERS if all(METHODS[n].model == "none" for n in name.split("+"))
 )
+BY_LEVELS = sorted(name for name, cls in PROPOSERS.items() if cls is MtpProposer)
 PROMPT = [7, 3, 7, 1, 3, 7]
 
 
@@ -27,9 +31,13 @@ def mixing(tokens: Sequence[int]) -> int:
 
 def make(method: str, **options: object) -> Proposer:
     shape = {} if "lookahead" in method else {"num_speculative_tokens": 4, "tree": "dynamic:12"}
-    return create(
-        SpecPlusConfig.from_options({"speculative_model": f"[{method}]"} | shape | options)
-    )
+    path = "x" if method in BY_LEVELS else ""
+    named = {"speculative_model": f"[{method}]{path}"}
+    proposer = create(SpecPlusConfig.from_options(named | shape | options))
+    if isinstance(proposer, MtpProposer):
+        depth, reads = proposer.config.num_speculative_tokens, proposer.drafter.name != "draft"
+        proposer.model = FunctionModel(mixing, depth, "previous" if reads else None)
+    return proposer
 
 
 @dataclass
@@ -40,12 +48,23 @@ class Decoding:
     target: Target
     tokens: list[int] = field(default_factory=lambda: list(PROMPT))
     req_id: str = "r"
+    index: int = 0
+    absorbed: int = 0
     emitted: list[list[int]] = field(default_factory=list)
 
     def request(self, **bounds: object) -> DraftRequest:
+        """Hands over the hidden states of what was committed, which are its tokens."""
+        states = torch.tensor(self.tokens[self.absorbed : -1]).float()[:, None]
+        self.proposer.absorb(self.req_id, self.absorbed, states)
+        self.absorbed += len(states)
         config, token_ids = self.proposer.config, np.array(self.tokens, np.int32)
         whole = DraftRequest(
-            self.req_id, token_ids, config.num_speculative_tokens, config.num_nodes
+            self.req_id,
+            token_ids,
+            config.num_speculative_tokens,
+            config.num_nodes,
+            index=self.index,
+            num_slots=len(self.tokens) + config.num_nodes,
         )
         return replace(whole, **bounds)  # type: ignore[arg-type]
 
@@ -82,6 +101,12 @@ def check(candidates: Candidates, request: DraftRequest) -> None:
 
 def check_proposer(make_one: Callable[[], Proposer]) -> None:
     """All that a proposer must keep: bounds, cuts, repeatability, requests apart and forgotten."""
+    check_steps(make_one)
+    check_apart(make_one)
+
+
+def check_steps(make_one: Callable[[], Proposer]) -> Decoding:
+    """Bounds, cuts and repeatability; returns a request that was drafted for without bounds."""
     first, second, cut = (Decoding(make_one(), mixing) for _ in range(3))
     for number in range(40):
         assert first.step() == second.step()
@@ -92,7 +117,7 @@ def check_proposer(make_one: Callable[[], Proposer]) -> None:
             min_prob=0.1 * (number % 3),
             chain_only=number % 5 == 0,
         )
-    check_apart(make_one)
+    return first
 
 
 def check_apart(make_one: Callable[[], Proposer]) -> None:

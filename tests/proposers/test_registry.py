@@ -37,7 +37,12 @@ def test_lookahead_takes_its_shape_from_its_window(model: str) -> None:
     assert (proposer.config.num_speculative_tokens, proposer.config.num_nodes) == (6, 29)
 
 
-@pytest.mark.parametrize("model", ["[eagle]x", "some/model", "[ngram+suffix]"])
+@pytest.mark.parametrize("model", ["[eagle]x", "some/model", "[ngram+eagle3]x"])
+def test_draft_models_of_vllm_may_be_joined_by_ngrams(model: str) -> None:
+    assert isinstance(create(config(model)), MtpProposer)
+
+
+@pytest.mark.parametrize("model", ["[suffix]", "[ngram+suffix]"])
 def test_what_is_not_built_names_what_is(model: str) -> None:
     with pytest.raises(NotImplementedError, match=r"speculative_model=.*available.*\[ngram\]"):
         create(config(model))

@@ -31,6 +31,7 @@ V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 V2_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 V2_VERIFIER = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+V1_CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
 V2_MODULES = "vllm.v1.worker.gpu.spec_decode.multi_module_mtp.speculator"
 MIMO_V2 = "vllm.model_executor.models.mimo_v2_mtp"
 ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -92,6 +93,10 @@ ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
         "self._model_forward",
     ),
     (V1_RUNNER, "GPUModelRunner.sample_tokens"): ("self._sample", "self._bookkeeping_sync"),
+    (V1_CPU_RUNNER, "CPUModelRunner.load_model"): (
+        "self.drafter.load_model",
+        "self._setup_eagle3_aux_hidden_state_outputs",
+    ),
 }
 """Calls in vLLM's functions that must stand in this order."""
 PACKED = "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)"

@@ -69,6 +69,10 @@ MAX_NODES = WORD_BITS
 HiddenStates = Literal["previous", "target"] | None
 """Whose hidden states the levels after the first read. None: no level reads any."""
 
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""Of each row of a level: what tokens are chosen from, and the hidden state that the rows below it
+take in the next level, [num_rows, state_size]."""
+
 
 class DraftModel(Protocol):
     """Modules that draft one level each, over an engine's KV cache; or one model that drafts all.
@@ -84,19 +88,13 @@ class DraftModel(Protocol):
     hidden_state_from: HiddenStates
     state_size: int
 
-    def forward(
-        self, level: int, requests: Sequence[RequestRows]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the module of `level` (from 0) and keeps its keys and values.
-
-        Returns of each row what `best_tokens` takes, and the hidden state that the rows below it
-        take in the next level, [sum of rows, state_size].
-        """
+    def forward(self, level: int, requests: Sequence[RequestRows]) -> Outputs:
+        """Runs the module of `level` (from 0) and keeps its keys and values."""
 
     def best_tokens(
         self, level: int, hidden_states: torch.Tensor, num: int
     ) -> list[dict[int, float]]:
         """Per row, the `num` likeliest next tokens and their probabilities, in (0, 1].
 
-        hidden_states: of the first that `forward` returned for the level.
+        hidden_states: of the first of the two that `forward` returned for the level.
         """

@@ -50,6 +50,8 @@ HOST_METHODS: dict[str, str] = {
     "Attention": "num_heads head_size scale num_kv_heads prefix",
     "VocabParallelEmbedding.forward": "input_",
     "set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
+    "CPUModelRunner._setup_eagle3_aux_hidden_state_outputs": "",
+    "get_model": "vllm_config prefix",
     "load_eagle_model": "target_model vllm_config",
     "base_loader.initialize_model": "vllm_config",
     "dispatch_cpu_unquantized_gemm": "layer remove_weight",

@@ -28,7 +28,7 @@ from vllm_specplus.engine.drafters.modules import (
 from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
 from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.proposers.base import Proposer
-from vllm_specplus.proposers.levels import HiddenStates, RequestRows
+from vllm_specplus.proposers.levels import HiddenStates, Outputs
 from vllm_specplus.proposers.mtp import MtpProposer
 
 
@@ -64,19 +64,9 @@ class PagedModel(PagedLayers):
             with set_forward_context(None, self._vllm_config, num_rows):
                 self._run(level, rows, rows, hidden_states)
 
-    def forward(
-        self, level: int, requests: Sequence[RequestRows]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DraftModel`."""
-        tokens = torch.tensor([token for rows in requests for token in rows.tokens])
-        positions = torch.cat([rows.positions() for rows in requests])
-        with self.running(requests):
-            above = torch.cat([rows.hidden_states for rows in requests])
-            return self._run(level, tokens, positions, above)
-
     def _run(
         self, level: int, tokens: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Outputs:
         states = {"hidden_states": hidden_states} if self.state_size else {}
         out = self._model(input_ids=tokens, positions=positions, **states, **self._step(level))
         return out if isinstance(out, tuple) else (out, out)
@@ -109,7 +99,7 @@ class PagedModules(PagedModel):
         load = partial(load_modules, partial(load_eagle_model, target, vllm_config), options)
         super().__init__(load, vllm_config, num_levels, size)
 
-    def _run(self, level: int, *rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, level: int, *rows: torch.Tensor) -> Outputs:
         self._model.spec_step = level
         return super()._run(level, *rows)
 

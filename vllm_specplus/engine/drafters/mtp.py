@@ -6,7 +6,7 @@ tensor parallel group: drafting needs no communication between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
 from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.mtp import MTPHeads
-from vllm_specplus.proposers.levels import HiddenStates, RequestRows
+from vllm_specplus.proposers.levels import HiddenStates, Outputs
 from vllm_specplus.proposers.mtp import MtpProposer
 
 
@@ -91,24 +91,17 @@ class PagedHeads(PagedLayers):
             self._draft_vocab = torch.arange(vocab_size)
         self._head = PackedLinear(gathered_rows(head, self._draft_vocab, copy=True))
 
-    def forward(
-        self, level: int, requests: Sequence[RequestRows]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DraftModel`."""
-        tokens = torch.tensor([token for rows in requests for token in rows.tokens])
+    def _run(
+        self, level: int, tokens: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> Outputs:
         layer = self.layers[level]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             attended: torch.Tensor = layer(q.flatten(1), k.flatten(1), v.flatten(1))
             return attended.view_as(q)
 
-        with self.running(requests):
-            out = self._modules[level](
-                torch.cat([rows.hidden_states for rows in requests]),
-                functional.embedding(tokens, self._embedding) * self._embed_scale,
-                torch.cat([rows.positions() for rows in requests]),
-                attend,
-            )
+        embedded = functional.embedding(tokens, self._embedding) * self._embed_scale
+        out = self._modules[level](hidden_states, embedded, positions, attend)
         return out, out
 
     def best_tokens(

@@ -6,6 +6,7 @@ target's block tables and are cached, freed and preempted with them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from vllm_specplus.engine.attention import TreeRows
 from vllm_specplus.engine.compat import VllmConfig
 from vllm_specplus.engine.compat_cpu import set_forward_context
-from vllm_specplus.proposers.levels import RequestRows
+from vllm_specplus.proposers.levels import Outputs, RequestRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
     return PagedRows(tree, blocks * size + slots % size)
 
 
-class PagedLayers:
+class PagedLayers(ABC):
     """A draft model's attention layers, and the runner's block tables of their KV cache groups.
 
     max_len: the longest length of the draft model, which may be less than the target's.
@@ -77,8 +78,22 @@ class PagedLayers:
         slots = (int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
         return min(self.max_len, *slots)
 
+    def forward(self, level: int, requests: Sequence[RequestRows]) -> Outputs:
+        """See `DraftModel`."""
+        tokens = torch.tensor([token for rows in requests for token in rows.tokens])
+        positions = torch.cat([rows.positions() for rows in requests])
+        hidden_states = torch.cat([rows.hidden_states for rows in requests])
+        with self._running(requests):
+            return self._run(level, tokens, positions, hidden_states)
+
+    @abstractmethod
+    def _run(
+        self, level: int, tokens: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> Outputs:
+        """Runs the module of a level: int64 [num_rows] twice, [num_rows, state_size]."""
+
     @contextmanager
-    def running(self, requests: Sequence[RequestRows]) -> Iterator[None]:
+    def _running(self, requests: Sequence[RequestRows]) -> Iterator[None]:
         """Inside, the layers attend for the rows of a level."""
         tables = {id(table): table for table in self._block_tables.values()}
         built = {key: paged_rows(requests, table) for key, table in tables.items()}
