@@ -105,9 +105,13 @@ def test_unreadable_speculative_model(text: str, said: str) -> None:
     assert said in str(error.value)
 
 
-def test_a_model_per_method_is_not_built_yet() -> None:
-    with pytest.raises(NotBuiltError, match="not available yet"):
-        SpecPlusConfig.from_options({**NGRAM, "speculative_model": "[draft]A+[draft]B"})
+@pytest.mark.parametrize("text", ["[draft]A+[eagle]B", "[draft]A+[draft]B+[draft]C"])
+def test_only_two_draft_models_have_a_model_each(text: str) -> None:
+    with pytest.raises(NotBuiltError, match="only two draft models may have"):
+        SpecPlusConfig.from_options({**NGRAM, "speculative_model": text})
+    config = SpecPlusConfig.from_options({**NGRAM, "speculative_model": "[draft]A + [draft]B"})
+    assert config.method == "draft+draft"
+    assert [spec.model for spec in config.methods] == ["A", "B"]
 
 
 @pytest.mark.parametrize(

@@ -84,23 +84,33 @@ class MethodSpec:
     model: str | None = None
 
 
+def split_models(text: str) -> list[str]:
+    """The parts of "[a]MODEL+[b]MODEL", which have a model each."""
+    return re.split(r"\+\s*(?=\[)", text)
+
+
 def parse_methods(text: str) -> tuple[MethodSpec, ...]:
     """Reads `speculative_model`.
 
     "[method]", "[method]MODEL" and "[a+b]MODEL" (the model belongs to the one that needs it) name
-    methods; text without brackets is the draft model of method "draft". Raises OptionError.
+    methods, "[draft]A+[draft]B" two draft models; text without brackets is the draft model of
+    method "draft". Raises OptionError.
     """
 
     def wrong(reason: str, way_out: str) -> OptionError:
         return bad_option("speculative_model", text, reason, way_out)
 
-    if re.search(r"\+\s*\[", text):
-        raise not_built(
-            "speculative_model",
-            text,
-            "gives several methods a model of their own, which is not available yet",
-            "join methods as '[a+b]MODEL', where one of them takes the model",
-        )
+    parts = split_models(text)
+    if len(parts) > 1:
+        specs = tuple(spec for part in parts for spec in parse_methods(part))
+        if [spec.name for spec in specs] != ["draft", "draft"]:
+            raise not_built(
+                "speculative_model",
+                text,
+                "gives several methods a model of their own, which only two draft models may have",
+                "write '[draft]A+[draft]B', or '[a+b]MODEL', where one of them takes the model",
+            )
+        return specs
     brackets = re.fullmatch(r"\[([^][]+)\]([^][]*)", text.strip())
     if brackets is None:
         if "[" in text or "]" in text or not text.strip():
@@ -164,8 +174,9 @@ class SpecPlusConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     speculative_model: str = Field(
-        description="drafting method: '[method]', '[method]PATH_OR_ID', '[a+b]', or the path "
-        f"or id of a draft model; methods: {', '.join(METHODS)}"
+        description="drafting method: '[method]', '[method]PATH_OR_ID', '[a+b]', "
+        "'[draft]A+[draft]B', or the path or id of a draft model; methods: "
+        f"{', '.join(METHODS)}"
     )
     num_speculative_tokens: StrictInt = Field(
         ge=1, le=MAX_NODES, description=f"depth K of the draft, an integer from 1 to {MAX_NODES}"

@@ -15,10 +15,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tests.engine.drafters import AUX_LAYERS, DRAFT_VOCAB, drafter_path
-from tests.engine.engines import Engine, Request
+from tests.engine.engines import Engine, Request, get_engine
 from tests.engine.features import assert_equal
 from tests.engine.test_mtp import PROB_TOLERANCE, watch_drafts
 from tests.engine.test_mtp_modules import (
+    DEPTH,
+    OPTIONS,
     engine,
     mismatches,
     of_other_positions,
@@ -29,6 +31,7 @@ from tests.engine.test_mtp_modules import (
 )
 from vllm_specplus.engine.drafters.models_v1 import PagedModel
 from vllm_specplus.proposers import mtp
+from vllm_specplus.proposers.merged import by_levels
 
 CHAIN = "static:[(0,),(0,0),(0,0,0)]"
 BRANCHES = "static:[(0,),(1,),(0,0),(0,1),(1,0),(0,0,0)]"
@@ -44,7 +47,8 @@ def drafting(drafter: str, tree: str = "dynamic:8", ngram: bool = False, **optio
 
 def ungated(run_by: Engine) -> Engine:
     """Levels are drafted whatever time they take."""
-    run_by.spec_round.proposer._gate.cost = None
+    for part in by_levels(run_by.spec_round.proposer):
+        part._gate.cost = None
     return run_by
 
 
@@ -68,6 +72,21 @@ def test_text_equals_plain(drafter: str, tree: str, ngram: bool) -> None:
     assert ours.extra_tokens > len(asked) * (1 if "small" not in drafter else 0.5)
     for one, output in zip(asked[::5], expected[::5], strict=True):
         assert_equal(ours.run([one]), [output])
+
+
+def test_two_draft_models() -> None:
+    """One of them is right: the other one's tree takes nothing from it, and only adds."""
+    path, random = drafter_path("target"), drafter_path("small draft")
+    asked = requests(4, max_tokens=29) + requests(2, temperature=1, seed=7)
+    expected, accepted = plain("target", asked), []
+    for text in (f"[draft]{random}", f"[draft]{random}+[draft]{path}"):
+        options = dict(speculative_model=text, num_speculative_tokens=DEPTH, **OPTIONS)
+        ours = get_engine(
+            drafter_path("target"), "dynamic", speculative_tree="dynamic:8", **options
+        )
+        assert_equal(ungated(ours).run(asked), expected)
+        accepted.append(ours.extra_tokens)
+    assert accepted[1] > 2 * accepted[0] > 0
 
 
 @pytest.mark.parametrize("drafter", ["draft", "eagle3"])
@@ -121,7 +140,7 @@ def missed_rows(monkeypatch) -> None:
 @pytest.mark.parametrize("sabotage", [None, of_other_tokens, other_positions, other_slots])
 def test_a_draft_by_heart(sabotage, batch_size, monkeypatch) -> None:
     """The target as its own draft model: all is accepted, at every depth."""
-    asked = requests(4, max_tokens=61)
+    asked = requests(4, max_tokens=29)
     ours = ungated(drafting("target", CHAIN, max_num_batched_tokens=16))
     if sabotage is not None:
         sabotage(monkeypatch)
@@ -153,7 +172,7 @@ def test_a_draft_by_heart(sabotage, batch_size, monkeypatch) -> None:
 def test_drafts_of_eagle(drafter, tree, sabotage) -> None:
     """They are those of the head over the whole sequence at once."""
     ours, wrong = ungated(drafting(drafter, tree, ngram=True, max_num_batched_tokens=16)), 0
-    for request in requests(4):
+    for request in requests(2, max_tokens=12):
         with pytest.MonkeyPatch.context() as patch:
             if sabotage is not None:
                 sabotage(patch)
@@ -176,7 +195,7 @@ def test_drafts_of_a_draft_model(sabotage) -> None:
         if sabotage is not None:
             sabotage(patch)
         drafted, _ = watch_drafts(patch)
-        ours.run(requests(4))
+        ours.run(requests(4, max_tokens=12))
     assert {len(path) for _, path, _ in drafted} == {0, 1, 2}
     for known, path, below in drafted:
         logits = reference(torch.tensor([[*known, *path]])).logits[0, -1]

@@ -12,6 +12,8 @@ from tests.proposers.levels_model import FunctionModel
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path
 from vllm_specplus.proposers.base import DraftRequest, Proposer
+from vllm_specplus.proposers.levels import HiddenStates
+from vllm_specplus.proposers.merged import MergedProposer, by_levels
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.registry import PROPOSERS, create
 
@@ -20,7 +22,7 @@ Target = Callable[[Sequence[int]], int]
 WITHOUT_MODEL = sorted(
     name for name in PROPOSERS if all(METHODS[n].model == "none" for n in name.split("+"))
 )
-BY_LEVELS = sorted(name for name, cls in PROPOSERS.items() if cls is MtpProposer)
+BY_LEVELS = sorted(name for name, cls in PROPOSERS.items() if cls in (MtpProposer, MergedProposer))
 PROMPT = [7, 3, 7, 1, 3, 7]
 
 
@@ -32,11 +34,12 @@ def mixing(tokens: Sequence[int]) -> int:
 def make(method: str, **options: object) -> Proposer:
     shape = {} if "lookahead" in method else {"num_speculative_tokens": 4, "tree": "dynamic:12"}
     path = "x" if method in BY_LEVELS else ""
-    named = {"speculative_model": f"[{method}]{path}"}
-    proposer = create(SpecPlusConfig.from_options(named | shape | options))
-    if isinstance(proposer, MtpProposer):
-        depth, reads = proposer.config.num_speculative_tokens, proposer.drafter.name != "draft"
-        proposer.model = FunctionModel(mixing, depth, "previous" if reads else None)
+    text = "[draft]x+[draft]y" if method == "draft+draft" else f"[{method}]{path}"
+    config = SpecPlusConfig.from_options({"speculative_model": text} | shape | options)
+    proposer = create(config)
+    for part in by_levels(proposer):
+        reads: HiddenStates = None if part.drafter.name == "draft" else "previous"
+        part.model = FunctionModel(mixing, config.num_speculative_tokens, reads)
     return proposer
 
 

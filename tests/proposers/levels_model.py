@@ -58,4 +58,4 @@ class FunctionModel:
     def best_tokens(self, level: int, pairs: torch.Tensor, num: int) -> list[dict[int, float]]:
         """The target's token and another one."""
         right = [self._target(pair) for pair in pairs.tolist()]
-        return [{token: 0.8, token + 1: 0.1} for token in right]
+        return [{token: 0.8, token + 100: 0.1} for token in right]

@@ -14,12 +14,14 @@ from tests.proposers.conformance import (
     PROMPT,
     WITHOUT_MODEL,
     Decoding,
+    Target,
     check_proposer,
     check_steps,
     make,
     mixing,
 )
-from vllm_specplus.proposers.mtp import MtpProposer
+from tests.proposers.levels_model import FunctionModel
+from vllm_specplus.proposers.merged import by_levels
 
 
 @pytest.mark.parametrize("method", WITHOUT_MODEL)
@@ -38,4 +40,23 @@ def test_by_levels(method: str) -> None:
     assert drafts == [one.proposer.propose([one.request()])[0] for one in apart]
     for one in together:
         shared.forget(one.req_id)
-    assert isinstance(shared, MtpProposer) and not shared._requests
+    assert not any(part._requests for part in by_levels(shared))
+    assert not getattr(shared, "_requests", None)
+
+
+def test_two_draft_models_know_more_than_one() -> None:
+    """Each knows every other token: alone half of them are drafted, together all."""
+
+    def half(number: int) -> Target:
+        return lambda tokens: mixing(tokens) + (mixing(tokens) % 2 == number)
+
+    both = make("draft+draft")
+    alone = [make("draft"), make("draft")]
+    for number, parts in enumerate(zip(by_levels(both), alone, strict=True)):
+        for part in parts:
+            part.model = FunctionModel(half(number), 4, None)  # type: ignore[attr-defined]
+    together, *apart = (Decoding(one, mixing) for one in (both, *alone))
+    for decoding in (together, *apart):
+        for _ in range(40):
+            decoding.step()
+    assert together.tokens_per_round > 1.3 * max(one.tokens_per_round for one in apart)

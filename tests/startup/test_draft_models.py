@@ -11,7 +11,7 @@ import pytest
 from vllm.config import SpeculativeConfig
 
 from tests.engine.configs import LLAMA, MAMBA, write_config
-from tests.startup.spellings import by_keywords
+from tests.startup.spellings import by_flags, by_keywords, outcome
 from vllm_specplus.errors import NotBuiltError, OptionError
 from vllm_specplus.startup import host, options
 from vllm_specplus.startup.refusals import tree_refusals
@@ -46,6 +46,30 @@ def test_on_the_v1_runner_our_engine_grows_their_trees(
     draft = speculative.draft_model_config
     assert (draft.model, draft.revision, draft.architectures) == (path, "v1", [architecture])
     assert tree_refusals(config) == []
+
+
+def test_two_draft_models(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all spellings; on V2, and with one of another vocabulary, they are refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, size in (("a", 256), ("b", 256), ("c", 99)):
+        write_config(tmp_path / name, LLAMA | {"vocab_size": size})
+    text = f"[draft]~/a+[draft]{tmp_path}/b"
+    wanted = outcome(by_keywords(model, speculative_model=text, **TREE))
+    assert outcome(by_flags(model, speculative_model=text, **TREE)) == wanted
+    keys: dict[str, Any] = {"method": "draft", "model": text.removeprefix("[draft]")}
+    keys |= {"num_speculative_tokens": 3, "tree": "dynamic:8"}
+    asked = by_keywords(model, speculative_config=keys)
+    assert outcome(asked) == wanted
+    drafters = asked.create_engine_config().speculative_config.specplus_drafters
+    assert [d.draft_model_config.model for d in drafters] == [f"{tmp_path}/a", f"{tmp_path}/b"]
+    wrong = f"[draft]{tmp_path}/a+[draft]{tmp_path}/c"
+    with pytest.raises(OptionError, match="/c' has a vocabulary of 99 tokens"):
+        by_keywords(model, speculative_model=wrong, **TREE).create_engine_config()
+    with pytest.raises(OptionError, match="/d' is a path that does not exist"):
+        by_keywords(model, speculative_model=f"[draft]~/a+[draft]{tmp_path}/d", **TREE)
+    monkeypatch.setattr(options, "tree_engine", lambda: host.V2_CPU_ENGINE)
+    with pytest.raises(NotBuiltError, match="is not available in the engine cpu-v2"):
+        by_keywords(model, speculative_model=text, **TREE)
 
 
 @pytest.mark.parametrize("engine", [host.CPU_ENGINE, host.V2_CPU_ENGINE])

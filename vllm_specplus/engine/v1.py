@@ -43,7 +43,7 @@ from vllm_specplus.engine.drafters.mtp import PagedHeads, load_draft_model
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.medusa import MedusaProposer
-from vllm_specplus.proposers.mtp import MtpProposer
+from vllm_specplus.proposers.merged import by_levels
 from vllm_specplus.round import Moves, SpecRound, Staged
 
 _MOST_ROWS_TIMED = 128
@@ -56,16 +56,16 @@ class TreeDrafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = vllm_config.additional_config["specplus"]
         self.round = SpecRound(SpecPlusConfig.model_validate(options))
-        self.model: PagedHeads | PagedModel | None = None
+        self.models: list[PagedHeads | PagedModel] = []
         self._vllm_config = vllm_config
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Loads what the proposer drafts with beside the target, if it does."""
         proposer = self.round.proposer
-        if isinstance(proposer, MtpProposer):
-            self.model = load_draft_model(proposer, target_model, self._vllm_config)
-            proposer.model = self.model
-        elif isinstance(proposer, MedusaProposer):
+        for number, part in enumerate(by_levels(proposer)):
+            part.model = load_draft_model(part, target_model, self._vllm_config, number)
+            self.models.append(part.model)
+        if isinstance(proposer, MedusaProposer):
             heads = packed_medusa(proposer.config, target_model, self._vllm_config)
             proposer.model, proposer.num_heads = heads, heads.config.num_heads
 
@@ -118,8 +118,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
             caches = [layers[name].kv_cache for name in group.layer_names]
             self._commit_plans[gid] = KVCommitPlan([v for c in caches for v in vec_kv_views(c)])
-            if self.drafter.model is not None:
-                self.drafter.model.bind(group.layer_names, self.input_batch.block_table[gid])
+            for model in self.drafter.models:
+                model.bind(group.layer_names, self.input_batch.block_table[gid])
 
     @torch.inference_mode()
     def measure_step_costs(self) -> dict[int, float]:
@@ -135,9 +135,9 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
     @torch.inference_mode()
     def measure_level_costs(self) -> None:
         """Tells the proposer what a level of drafts takes, where it drafts in levels."""
-        if isinstance(proposer := self.round.proposer, MtpProposer):
-            most, dtype = min(64, self.drafter.model.max_len), self.model_config.dtype
-            proposer.measure_levels(lambda: self._time_rows(1), most, dtype)
+        for part, model in zip(by_levels(self.round.proposer), self.drafter.models, strict=True):
+            most, dtype = min(64, model.max_len), self.model_config.dtype
+            part.measure_levels(lambda: self._time_rows(1), most, dtype)
 
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()
@@ -258,7 +258,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         req_ids = self.input_batch.req_ids
         on_path, row_tokens = step.on_path.tolist(), step.row_tokens.tolist()
         if aux_hidden_states:
-            hidden_states = self.drafter.model.combine(aux_hidden_states)
+            hidden_states = self.drafter.models[0].combine(aux_hidden_states)
         self._absorb(hidden_states, sampled_token_ids)
         requests = []
         for index, (req_id, tree) in enumerate(zip(req_ids, step.trees, strict=True)):
@@ -292,7 +292,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
 
     def _draft_request(self, index: int, req_id: str, sampled: bool) -> DraftRequest:
         """Bounds of a request's next draft; none for prompt chunks."""
-        state, model = self.requests[req_id], self.drafter.model
+        state = self.requests[req_id]
         params = state.sampling_params
         num_tokens = int(self.input_batch.num_tokens_no_spec[index])
         room = self.max_model_len - num_tokens - 1
@@ -308,7 +308,7 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             max_nodes=min(room, self.num_spec_tokens),
             chain_only=fallback(params) == "structured_outputs",
             index=index,
-            num_slots=0 if model is None else model.num_slots(index),
+            num_slots=min((m.num_slots(index) for m in self.drafter.models), default=0),
         )
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:

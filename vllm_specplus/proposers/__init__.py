@@ -2,5 +2,6 @@
 
 from vllm_specplus.proposers import lookahead as lookahead  # they register themselves
 from vllm_specplus.proposers import medusa as medusa
+from vllm_specplus.proposers import merged as merged
 from vllm_specplus.proposers import mtp as mtp
 from vllm_specplus.proposers import ngram as ngram

@@ -103,6 +103,6 @@ class MedusaProposer(Proposer):
             return levels[len(path)] if len(path) < len(levels) else {}
 
         votes = None if self._ngrams is None else self._ngrams.votes(request)
-        sources = Sources("medusa", drafted, votes, self._cells, state.expectations)
+        sources = Sources({"medusa": drafted}, votes, self._cells, state.expectations)
         bounds = request.max_nodes, request.max_depth, request.min_prob
         return grow(sources.expand, *bounds, self.paths(request))

@@ -86,10 +86,11 @@ class _Draft:
         self.frontier: dict[Path, float] = {(): 1.0}
         self._paths, self._reads = paths, hidden_state_from
         self._drafted: dict[Path, dict[int, float]] = {}
-        self._sources = Sources("model", self._after, votes, cells, state.expectations)
+        self._sources = Sources({"model": self.after}, votes, cells, state.expectations)
         self._hidden_states: dict[Path, torch.Tensor] = {}
 
-    def _after(self, path: Path) -> dict[int, float]:
+    def after(self, path: Path) -> dict[int, float]:
+        """What the model drafted after a path: token -> probability."""
         return self._drafted.get(path, {})
 
     def wants(self, level: int) -> bool:
@@ -250,12 +251,17 @@ class MtpProposer(Proposer):
                 inputs.append(kept)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
+        depth = self.config.num_speculative_tokens
+        return [draft.grow(depth) for draft in self.draft(requests)]
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[_Draft]:
+        """The trees of the requests, as deep as is worth it."""
         drafts = [self._open(request) for request in requests]
         for level in range(self.model.num_levels):
             going = [draft for draft in drafts if draft.wants(level)]
             if not going or not self._draft_level(level, going):
                 break
-        return [draft.grow(self.config.num_speculative_tokens) for draft in drafts]
+        return drafts
 
     def forget(self, req_id: str) -> None:
         self._requests.pop(req_id, None)

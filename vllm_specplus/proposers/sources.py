@@ -1,13 +1,14 @@
-"""Two sources in one tree: what drafts and what n-grams propose at the same place.
+"""Several sources in one tree: what drafters and n-grams propose at the same place.
 
-A token that both propose is one candidate, and what each source and their agreement are worth is
-learned online.
+A token that several propose is one candidate, and what each source and their agreement are worth
+is learned online.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from math import exp, log, log2
+from itertools import chain
+from math import exp, log, log2, prod
 
 from vllm_specplus.core.growth import Path
 from vllm_specplus.proposers.calibration import MAX_PROB, Cell, Expectations
@@ -37,34 +38,32 @@ class SourceCells:
 class Sources:
     """The candidates of one request's tree, by path.
 
-    name: of the drafter, which is one of the sources. expectations: of the request; votes: its
-    n-grams, None without.
+    drafted: by the name of the drafter. expectations: of the request; votes: its n-grams, None
+    without.
     """
 
     def __init__(
         self,
-        name: str,
-        drafted: Drafted,
+        drafted: Mapping[str, Drafted],
         votes: Votes | None,
         cells: SourceCells,
         expectations: Expectations,
     ) -> None:
-        self._name, self._drafted, self._votes = name, drafted, votes
+        self._drafted, self._votes = drafted, votes
         self._cells, self._expectations = cells, expectations
         self._matched: dict[Path, dict[int, float]] = {}
 
     def expand(self, path: Path) -> Iterator[tuple[int, float]]:
         """The candidates after a path, for `grow`."""
-        drafted, matched = self._drafted(path), self.matches(path)
-        contested = bool(drafted and matched)
+        proposed = {name: after(path) for name, after in self._drafted.items()}
+        proposed["ngram"] = self.matches(path)
+        contested = sum(map(bool, proposed.values())) > 1
         expected = self._expectations.at(path)
-        for token in dict.fromkeys([*drafted, *matched]):
-            first, second = drafted.get(token), matched.get(token)
-            if first and second:
-                source, prob = "both", 1 - (1 - first) * (1 - second)
-            else:
-                source, prob = (self._name, first) if first else ("ngram", second or 0.0)
-            estimate, cell = self._cells.estimate(source, contested, len(path), prob)
+        for token in dict.fromkeys(chain.from_iterable(proposed.values())):
+            probs = {name: tokens[token] for name, tokens in proposed.items() if token in tokens}
+            prob = 1 - prod(1 - each for each in probs.values())
+            prob = prob if len(probs) > 1 else sum(probs.values())
+            estimate, cell = self._cells.estimate("+".join(probs), contested, len(path), prob)
             expected[token] = cell, prob
             yield token, log(estimate)
 

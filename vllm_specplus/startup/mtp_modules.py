@@ -80,22 +80,27 @@ def counted_modules(engine_args: Any) -> Iterator[None]:
 def set_draft_model(
     speculative: Any, config: SpecPlusConfig, create: Callable[[], Any], engine_args: Any
 ) -> None:
-    """Gives the SpeculativeConfig of an engine of ours the draft model of `config`, if that is of a
-    class of vLLM's: `create` makes the SpeculativeConfig of `engine_args`."""
+    """Gives the SpeculativeConfig of an engine of ours what drafts by `config`, if that is of a
+    class of vLLM's: `create` makes the SpeculativeConfig of `engine_args`.
+
+    `specplus_drafters`: one SpeculativeConfig for each draft model; the first one's model is also
+    that of the engine's.
+    """
     from vllm_specplus.engine.compat import scoped
 
-    keys: dict[str, Any] = {"num_speculative_tokens": config.num_speculative_tokens}
+    common = {"num_speculative_tokens": config.num_speculative_tokens, "revision": config.revision}
+    specs = [spec for spec in config.methods if METHODS[spec.name].is_draft_model]
+    asked = [{"method": METHODS[spec.name].native, "model": spec.model} for spec in specs]
     if takes_own_modules(config):
-        keys["method"] = METHODS["mtp"].native
-    elif specs := [spec for spec in config.methods if METHODS[spec.name].is_draft_model]:
-        keys |= {"method": METHODS[specs[0].name].native, "model": specs[0].model}
-        keys["revision"] = config.revision
-    else:
-        return
-    with scoped(engine_args, "speculative_config", keys), counted_modules(engine_args):
-        drafter = create()
-    speculative.draft_model_config = drafter.draft_model_config
-    speculative.draft_parallel_config = drafter.draft_parallel_config
+        asked = [{"method": METHODS["mtp"].native, "revision": None}]
+    drafters = []
+    for keys in asked:
+        with scoped(engine_args, "speculative_config", common | keys), counted_modules(engine_args):
+            drafters.append(create())
+    if drafters:
+        speculative.draft_model_config = drafters[0].draft_model_config
+        speculative.draft_parallel_config = drafters[0].draft_parallel_config
+    speculative.specplus_drafters = drafters
 
 
 @contextmanager

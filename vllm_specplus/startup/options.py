@@ -17,6 +17,7 @@ from vllm_specplus.config import (
     SpecPlusConfig,
     parse_methods,
     parse_step_costs,
+    split_models,
 )
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
@@ -105,10 +106,12 @@ def fold(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for option, value in said.items():
         if option == "speculative_model":
             specs = parse_methods(value)
-            _say(config, "method", "+".join(spec.name for spec in specs), option)
-            for spec in specs:
-                if spec.model is not None:
-                    _say(config, "model", spec.model, option)
+            models = [spec.model for spec in specs if spec.model is not None]
+            several = len(models) > 1  # of one method, whose name the second model keeps
+            names = [spec.name for spec in specs[:1] if several] or [spec.name for spec in specs]
+            _say(config, "method", "+".join(names), option)
+            if models:
+                _say(config, "model", f"+[{names[0]}]".join(models), option)
         else:
             _say(config, (OPTIONS | VLLM_ALIASES)[option], value, option)
     ahead = "lookahead" in str(config.get("method")).split("+")
@@ -273,6 +276,9 @@ def read(keys: Mapping[str, Any]) -> tuple[SpecPlusConfig, dict[str, Any]]:
 
 def _local_path(model: Any) -> Any:
     """Expands `~`; raises OptionError for what looks like a local path and is not there."""
+    if isinstance(model, str) and len(parts := split_models(model)) > 1:
+        first, rest = parts[0], [part.partition("]") for part in parts[1:]]
+        return "+".join([_local_path(first), *(f"{m}]{_local_path(path)}" for m, _, path in rest)])
     if not isinstance(model, str) or not model.startswith(("/", ".", "~")):
         return model
     path = Path(model).expanduser()

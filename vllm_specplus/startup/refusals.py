@@ -182,8 +182,8 @@ def _modules_refusals(vllm_config: Any) -> Iterator[Finding]:
         if (size := getattr(parallel, field)) > 1:
             reason = "draft models and a model's MTP modules draft on one rank there"
             yield field, size, reason, "set it to 1"
-    if options.draft_model_config.model != vllm_config.model_config.model:
-        yield from _attention_refusals("speculative_model", options.draft_model_config)
+    for drafter in options.specplus_drafters:
+        yield from _attention_refusals("speculative_model", drafter.draft_model_config)
 
 
 def v2_refusals(vllm_config: Any) -> Iterator[Finding]:

@@ -40,14 +40,21 @@ class PagedModel(PagedLayers):
     hidden_state_from: HiddenStates = "previous"
 
     def __init__(
-        self, load: Callable[[], Any], vllm_config: VllmConfig, num_levels: int, state_size: int
+        self,
+        load: Callable[[], Any],
+        vllm_config: VllmConfig,
+        num_levels: int,
+        state_size: int,
+        options: Any = None,
     ) -> None:
         layers = vllm_config.compilation_config.static_forward_context
         targets = set(layers)
         self._model: Any = run_uncompiled(load())
         self.num_levels, self.state_size = num_levels, state_size
         own = [layer for name, layer in layers.items() if name not in targets]
-        super().__init__([layer for layer in own if attends(layer)], vllm_config)
+        options = options or vllm_config.speculative_config
+        max_len = options.draft_model_config.max_model_len
+        super().__init__([layer for layer in own if attends(layer)], vllm_config, max_len)
         if not vllm_config.model_config.enforce_eager:
             self._warm_up(vllm_config.model_config.dtype)
 
@@ -109,20 +116,20 @@ class PagedModules(PagedModel):
 
 
 class PagedDraftModel(PagedModel):
-    """A model that drafts by tokens alone, and shares nothing with its target."""
+    """The model of a SpeculativeConfig, which drafts by tokens alone and shares nothing with its
+    target. name: of its layers."""
 
     hidden_state_from = None
 
-    def __init__(self, vllm_config: VllmConfig, num_levels: int) -> None:
-        options = vllm_config.speculative_config
+    def __init__(self, vllm_config: VllmConfig, options: Any, num_levels: int, name: str) -> None:
         config = replace(
             vllm_config,
             model_config=options.draft_model_config,
             parallel_config=options.draft_parallel_config,
             quant_config=None,  # which is the target's
         )
-        load = partial(get_model, vllm_config=config, prefix="draft_model")
-        super().__init__(load, vllm_config, num_levels, state_size=0)
+        load = partial(get_model, vllm_config=config, prefix=name)
+        super().__init__(load, vllm_config, num_levels, 0, options)
 
 
 def paged_eagle(target: Any, vllm_config: VllmConfig, num_levels: int) -> PagedModel:

@@ -35,13 +35,14 @@ from vllm_specplus.proposers.mtp import MtpProposer
 
 
 def load_draft_model(
-    proposer: MtpProposer, target: Any, vllm_config: VllmConfig
+    proposer: MtpProposer, target: Any, vllm_config: VllmConfig, number: int
 ) -> PagedHeads | PagedModel:
-    """What runs the proposer's levels."""
+    """What runs the levels of a proposer, the one of this number."""
     config, drafter = proposer.config, proposer.drafter
     num_levels = config.num_speculative_tokens
     if drafter.name == "draft":
-        return PagedDraftModel(vllm_config, num_levels)
+        options = vllm_config.speculative_config.specplus_drafters[number]
+        return PagedDraftModel(vllm_config, options, num_levels, f"draft_model_{number}")
     if drafter.name in ("eagle", "eagle3"):
         return paged_eagle(target, vllm_config, num_levels)
     if drafter.model is None:
@@ -78,7 +79,7 @@ class PagedHeads(PagedLayers):
             )
             for depth in range(num_levels)
         ]
-        super().__init__(layers, vllm_config)
+        super().__init__(layers, vllm_config, model.max_model_len)
         self._share(target, model.get_vocab_size())
         warn_of_another_target(checkpoint, self._embedding)
 

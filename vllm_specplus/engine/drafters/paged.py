@@ -61,10 +61,10 @@ class PagedLayers(ABC):
     max_len: the longest length of the draft model, which may be less than the target's.
     """
 
-    def __init__(self, layers: Sequence[Any], vllm_config: VllmConfig) -> None:
+    def __init__(self, layers: Sequence[Any], vllm_config: VllmConfig, max_len: int) -> None:
         self.layers = layers
         self._vllm_config = vllm_config
-        self.max_len: int = vllm_config.speculative_config.draft_model_config.max_model_len
+        self.max_len = max_len
         self._block_tables: dict[str, Any] = {}
 
     def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
