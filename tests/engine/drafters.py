@@ -102,7 +102,7 @@ def draft(path: Path) -> Path:
 def small_draft(path: Path, max_len: int) -> Path:
     """A random model whose keys and values have other sizes than the target's."""
     sizes: Any = COMMON | dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
-    sizes |= dict(head_dim=64, max_position_embeddings=max_len)
+    sizes |= dict(head_dim=32, max_position_embeddings=max_len)
     config = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, num_hidden_layers=1, **sizes)
     randomize(LlamaForCausalLM(config), seed=13).save_pretrained(path)
     return path

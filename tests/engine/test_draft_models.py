@@ -6,6 +6,7 @@ Every sabotage in `SABOTAGES` changes drafts, and those of `test_a_draft_by_hear
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -144,14 +145,22 @@ def test_a_draft_by_heart(sabotage, batch_size, monkeypatch) -> None:
     ours = ungated(drafting("target", CHAIN, max_num_batched_tokens=16))
     if sabotage is not None:
         sabotage(monkeypatch)
-    stats, outputs = ours.spec_round.stats, []
-    steps, before = stats.num_drafts, list(stats.num_accepted_tokens_per_pos)
+    outputs: list[Any] = []
+    drafted, accepted = Counter[int](), Counter[int]()
+    observe = ours.spec_round.observe
+
+    def observed(req_id, chain, rows, tokens):
+        drafted.update(range(len(chain)))
+        accepted.update(range(len(rows)))
+        observe(req_id, chain, rows, tokens)
+
+    monkeypatch.setattr(ours.spec_round, "observe", observed)
     for first in range(0, len(asked), batch_size):
         outputs += ours.run(asked[first : first + batch_size])
     assert_equal(outputs, plain("target", asked))
-    steps, after = stats.num_drafts - steps, stats.num_accepted_tokens_per_pos
-    rates = [(n - old) / steps for n, old in zip(after, before, strict=True)]
+    rates = [accepted[depth] / drafted[depth] for depth in range(DEPTH)]
     assert (min(rates) > 0.9) == (sabotage is None), rates
+    assert accepted[DEPTH - 1] > 20 or sabotage
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from vllm.config import SpeculativeConfig
 
 from tests.engine.configs import LLAMA, MAMBA, write_config
 from tests.startup.spellings import by_flags, by_keywords, outcome
+from vllm_specplus.config import METHODS, parse_methods
 from vllm_specplus.errors import NotBuiltError, OptionError
 from vllm_specplus.startup import host, options
 from vllm_specplus.startup.refusals import tree_refusals
 
+DOC = Path(__file__).resolve().parents[2] / "docs/methods.md"
 TREE = dict(num_speculative_tokens=3, speculative_tree="dynamic:8")
 
 
@@ -131,3 +133,16 @@ def test_what_vllm_says_of_a_draft_is_left_to_vllm(model: str, tmp_path: Path) -
             num_speculative_tokens=3,
             speculative_config={"draft_tensor_parallel_size": 3},
         ).create_engine_config()
+
+
+def test_the_document_shows_which_engine_has_trees_of_what() -> None:
+    rows = [line.split(" | ") for line in DOC.read_text().splitlines() if line.startswith("| `")]
+    named = set()
+    for spelled, _, _, v1_tree, _, v2_tree in rows[1:]:
+        for text in re.findall("`([^`]+)`", spelled):
+            specs = parse_methods(text)
+            name = "+".join(spec.name for spec in specs)
+            named.add(name)
+            assert (v1_tree == "ours") == (name in host.CPU_ENGINE.methods), text
+            assert (v2_tree == "ours |") == (name in host.V2_ENGINE.methods), text
+    assert METHODS.keys() <= named

@@ -182,7 +182,7 @@ def _modules_refusals(vllm_config: Any) -> Iterator[Finding]:
         if (size := getattr(parallel, field)) > 1:
             reason = "draft models and a model's MTP modules draft on one rank there"
             yield field, size, reason, "set it to 1"
-    for drafter in options.specplus_drafters:
+    for drafter in getattr(options, "specplus_drafters", ()):
         yield from _attention_refusals("speculative_model", drafter.draft_model_config)
 
 

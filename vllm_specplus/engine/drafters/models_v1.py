@@ -45,15 +45,13 @@ class PagedModel(PagedLayers):
         vllm_config: VllmConfig,
         num_levels: int,
         state_size: int,
-        options: Any = None,
+        max_len: int,
     ) -> None:
         layers = vllm_config.compilation_config.static_forward_context
         targets = set(layers)
         self._model: Any = run_uncompiled(load())
         self.num_levels, self.state_size = num_levels, state_size
         own = [layer for name, layer in layers.items() if name not in targets]
-        options = options or vllm_config.speculative_config
-        max_len = options.draft_model_config.max_model_len
         super().__init__([layer for layer in own if attends(layer)], vllm_config, max_len)
         if not vllm_config.model_config.enforce_eager:
             self._warm_up(vllm_config.model_config.dtype)
@@ -104,7 +102,8 @@ class PagedModules(PagedModel):
         self.num_caches = num_levels if self._several else 1
         self.hidden_state_from = hidden_state_from(options)
         load = partial(load_modules, partial(load_eagle_model, target, vllm_config), options)
-        super().__init__(load, vllm_config, num_levels, size)
+        max_len = vllm_config.model_config.max_model_len
+        super().__init__(load, vllm_config, num_levels, size, max_len)
 
     def _run(self, level: int, *rows: torch.Tensor) -> Outputs:
         self._model.spec_step = level
@@ -129,13 +128,16 @@ class PagedDraftModel(PagedModel):
             quant_config=None,  # which is the target's
         )
         load = partial(get_model, vllm_config=config, prefix=name)
-        super().__init__(load, vllm_config, num_levels, 0, options)
+        max_len = options.draft_model_config.max_model_len
+        super().__init__(load, vllm_config, num_levels, 0, max_len)
 
 
 def paged_eagle(target: Any, vllm_config: VllmConfig, num_levels: int) -> PagedModel:
     """A head of EAGLE or EAGLE-3 on its target's embedding and, without its own, on its head."""
     size = vllm_config.speculative_config.draft_model_config.get_hidden_size()
-    return PagedModel(partial(load_eagle_model, target, vllm_config), vllm_config, num_levels, size)
+    max_len = vllm_config.model_config.max_model_len  # which vLLM makes its positions reach to
+    load = partial(load_eagle_model, target, vllm_config)
+    return PagedModel(load, vllm_config, num_levels, size, max_len)
 
 
 def reads_aux_hidden_states(proposer: Proposer, vllm_config: VllmConfig) -> bool:
