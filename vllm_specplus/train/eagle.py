@@ -16,7 +16,6 @@ from vllm_specplus.proposers.heads.eagle import EagleHead
 from vllm_specplus.proposers.heads.eagle_checkpoint import (
     EagleCheckpoint,
     EagleConfig,
-    head_shapes,
     save_eagle,
 )
 from vllm_specplus.proposers.heads.files import check_fits, embedding_sha256
@@ -118,9 +117,13 @@ class Eagle:
             for name, unit in self.module.units().items():
                 weights[name].copy_(self.start.tensors[name] / unit)
             return
+        size = self.module.config.hidden_size
+        generator = torch.Generator().manual_seed(0)
+        for name in ("self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"):
+            noise = torch.randn(weights[name].shape, generator=generator)
+            weights[name].copy_(noise * size**-0.5)
         for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
             weights[name].zero_()
-        size = self.module.config.hidden_size
         regression = Regression(2 * size, size, self.teacher.device)
         for depth in range(self.num_depths):
             weights["fc.weight"].copy_(regression.fit(self._rows(corpus, depth)))

@@ -1,11 +1,11 @@
 """Fits heads of any kind to a target's distribution, so that it can be interrupted at any step.
 
 Loss: KL of the heads' distribution from the target's at temperature 1, over a sample of the draft
-vocabulary's rows, and what the kind of heads adds, with weights 0.8^k (distillation: Hinton et al. 2015, arXiv 1503.02531; sampled
-rows: Jean et al. 2015, arXiv 1412.2007). The target's is its own head on its own hidden state one
-step on, so no logits are stored. AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over float32
-weights, a cosine schedule. All randomness comes from (seed, step), so a run that was interrupted
-and resumed goes the way of one that was not.
+vocabulary's rows, and what the kind of heads adds, with weights 0.8^k (distillation: Hinton et al.
+2015, arXiv 1503.02531; sampled rows: Jean et al. 2015, arXiv 1412.2007). The target's is its own
+head on its own hidden state one step on, so no logits are stored. AdamW (Loshchilov and Hutter
+2019, arXiv 1711.05101) over float32 weights, a cosine schedule. All randomness comes from (seed,
+step), so a run that was interrupted and resumed goes the way of one that was not.
 """
 
 from __future__ import annotations
