@@ -1,7 +1,7 @@
 """EAGLE heads: what is trained is what vLLM serves, and vLLM's loader takes the files.
 
-Sabotages that were caught: positions of the first step at all steps, a chain that does not attend to
-its own steps, embeddings as the target scales them, queries and keys swapped in the files, the
+Sabotages that were caught: positions of the first step at all steps, a chain that does not attend
+to its own steps, embeddings as the target scales them, queries and keys swapped in the files, the
 regression one token off, the layer without its residual, a head to go on from taken without its
 units.
 """
