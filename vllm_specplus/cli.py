@@ -176,6 +176,31 @@ def medusa(
     _train("medusa", locals())
 
 
+@train.command()
+def eagle(
+    model: Model,
+    prompts: Prompts,
+    out: Out,
+    depths: Annotated[int, typer.Option(min=1, help="Steps that training unrolls.")] = 3,
+    minutes: Minutes = 30.0,
+    tokens: Tokens = math.inf,
+    text_tokens: TextTokens = 1_000_000,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 192,
+    chat: Chat = False,
+    text_only: TextOnly = False,
+    draft_vocab: Annotated[int, typer.Option(min=1, help="Tokens in the loss.")] = 32_768,
+    start: Start = None,
+    fp32: FP32 = False,
+    batch_size: BatchSize = 8,
+    learning_rate: LearningRate = 3e-4,
+    head_rows: HeadRows = 8192,
+    seed: Seed = 0,
+) -> None:
+    """Trains an EAGLE head; writes it, state and a report to OUT."""
+    _train("eagle", locals())
+
+
 def _train(kind: str, given: dict[str, Any]) -> None:
     """given: what the command line says, by the names of the parameters."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

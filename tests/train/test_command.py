@@ -19,6 +19,7 @@ from tests.engine.models import BUILDERS, WORDS, save
 from tests.train.tiny import load_teacher, write_samples
 from vllm_specplus.cli import main
 from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.eagle_checkpoint import load_eagle
 from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.medusa_checkpoint import load_medusa
 from vllm_specplus.train import command
@@ -147,6 +148,34 @@ def test_medusa(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert further.config.num_heads == 2
     moved = [further.tensors[name] - tensor for name, tensor in heads.tensors.items()]
     assert all(0 < float(step.abs().max()) < 0.05 for step in moved)
+
+
+def test_eagle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, with a loss over a part of the tokens and a measurement over all of them."""
+    samples = write_samples(load_teacher(folder / "model"), 20, 32)
+    samples[0] = samples[0].model_copy(update={"held_out": True})
+    for name in ("eagle", "eagle further"):
+        (folder / name).mkdir()
+        TextFile(folder / name / "text.jsonl", str(folder / "model")).add(samples)
+    monkeypatch.setattr(command, "Writer", None)
+    sizes = ("--text-tokens", "300", "--tokens", "600", "--draft-vocab", "3")
+    result = train(folder, *sizes, "--depths", "2", out="eagle", kind="eagle")
+    assert result.exit_code == 0, result.output
+    out = folder / "eagle"
+    assert f'--speculative-model "[eagle]{out}" --num-speculative-tokens 2' in result.output
+    head = load_eagle(out)
+    check_fits(head, hidden_size=64, vocab_size=448)
+    assert head.config.training["trainer"].endswith("train eagle")
+    report = json.loads((out / "report.json").read_text())
+    first_look, whole = report["progress"]["evaluations"][0][1][0], report["acceptance"]["all"]
+    # Three tokens are hardly ever right, all can be.
+    assert max(first_look) < 0.1 < min(whole["top"]["1"])
+    result = train(folder, *sizes, "--start", str(out), out="eagle further", kind="eagle")
+    assert result.exit_code == 0, result.output
+    further = load_eagle(folder / "eagle further")
+    assert further.config.training["started_from"] == str(out)
+    refused = train(folder, *sizes, "--depths", "3", out="eagle", kind="eagle")
+    assert "was trained with depths 2, but this run has 3" in refused.output
 
 
 def test_errors_are_one_line(folder: Path) -> None:

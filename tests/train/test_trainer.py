@@ -28,6 +28,7 @@ from tests.train.tiny import (
 )
 from vllm_specplus.errors import OptionError
 from vllm_specplus.train.corpus import Corpus
+from vllm_specplus.train.eagle import Eagle
 from vllm_specplus.train.medusa import Medusa
 from vllm_specplus.train.mtp3 import MTP3
 from vllm_specplus.train.trainer import FitSettings, HeadsTrainer, Progress
@@ -83,7 +84,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("compute", "kind"), [("float32", MTP3), ("bfloat16", MTP3), ("bfloat16", three_medusa)]
+    ("compute", "kind"),
+    [("float32", MTP3), ("bfloat16", MTP3), ("bfloat16", three_medusa), ("bfloat16", Eagle)],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(
     corpus: Corpus, tmp_path: Path, compute: str, kind: Any
@@ -163,16 +165,25 @@ def _ragged(corpus: Corpus, folder: Path) -> Corpus:
     return corpus_of(on_itself(cut), corpus.teacher, folder)
 
 
-def test_loss_and_gradient(corpus: Corpus, tmp_path: Path) -> None:
-    """Against the sum written out: sample by sample, row by row, KL(target, heads) in float64."""
+def _feature_loss(output: Tensor, wanted: Tensor, spread: Tensor) -> Tensor:
+    away = ((output - wanted) / spread).abs().double()
+    return torch.where(away < 1, away**2 / 2, away - 0.5).mean()
+
+
+@pytest.mark.parametrize("kind", [MTP3, Eagle])
+def test_loss_and_gradient(corpus: Corpus, tmp_path: Path, kind: Any) -> None:
+    """Against the sum written out: sample by sample, row by row, KL(target, heads) in float64, and
+    for EAGLE the smooth L1 of features."""
     ragged = _ragged(corpus, tmp_path)
-    trainer = trainer_of(ragged, tmp_path)
+    trainer = trainer_of(ragged, tmp_path, kind=kind)
     module, teacher = trainer.heads.module, ragged.teacher
     trainer.heads.initialise(ragged)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in module.parameters():
             weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    stored_rows = [ragged.batch([index]).hidden[0].float() for index in ragged.training]
+    spread = torch.cat(stored_rows).std(0)
     parts: list[list[Tensor]] = [[], [], []]
     for index in ragged.training:
         tokens = ragged.text[index].long()
@@ -185,6 +196,9 @@ def test_loss_and_gradient(corpus: Corpus, tmp_path: Path) -> None:
                 p = (teacher.head.double() @ stored[row + depth + 1].double()).softmax(0)
                 q = (teacher.head.double() @ outputs[depth, 0, row].double()).softmax(0)
                 parts[depth].append((p * (p.log() - q.log())).sum())
+                if kind is Eagle:
+                    wanted = outputs[depth, 0, row], stored[row + depth + 1]
+                    parts[depth][-1] += _feature_loss(*wanted, spread)
     means = [torch.stack(part).mean() for part in parts]
     (means[0] + 0.8 * means[1] + 0.64 * means[2]).backward()
     expected = [weight.grad for weight in module.parameters()]

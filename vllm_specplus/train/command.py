@@ -16,10 +16,12 @@ from torch import Tensor
 
 from vllm_specplus import __version__
 from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.eagle_checkpoint import load_eagle
 from vllm_specplus.proposers.heads.files import Checkpoint
 from vllm_specplus.proposers.heads.medusa_checkpoint import load_medusa
 from vllm_specplus.train import report
 from vllm_specplus.train.corpus import Corpus
+from vllm_specplus.train.eagle import Eagle
 from vllm_specplus.train.heads import Heads
 from vllm_specplus.train.medusa import Medusa
 from vllm_specplus.train.mtp3 import MTP3
@@ -37,7 +39,7 @@ class TrainOptions:
     kind: of heads, one of KINDS. text_tokens: what the target writes for training; held_out: share
     of the prompts' sources that is kept for measuring; start: path or id of heads to go on from;
     text_only: the first stage alone. tied, hidden_state_from, int8 are of MTP modules; heads,
-    layers of Medusa's.
+    layers of Medusa's; depths of EAGLE's, whose draft_vocab is the loss's alone.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class TrainOptions:
     hidden_state_from: Literal["previous", "target"] = "previous"
     heads: int = 4
     layers: int = 1
+    depths: int = 3
     start: str | None = None
     int8: bool = False
     text_only: bool = False
@@ -76,9 +79,14 @@ def _medusa(options: TrainOptions, teacher: Teacher, start: Any) -> Heads:
     return Medusa(teacher, num_heads=options.heads, num_layers=options.layers, start=start)
 
 
+def _eagle(options: TrainOptions, teacher: Teacher, start: Any) -> Heads:
+    return Eagle(teacher, num_depths=options.depths, start=start)
+
+
 KINDS: dict[str, tuple[Callable[[str], Checkpoint], Callable[..., Heads]]] = {
     "mtp3": (load_heads, _mtp3),
     "medusa": (load_medusa, _medusa),
+    "eagle": (load_eagle, _eagle),
 }
 """Kind of heads -> what loads those to go on from, and what makes them."""
 
@@ -99,7 +107,7 @@ def train(options: TrainOptions, console: Console) -> bool:
         hidden = options.out / f"hidden-{text.digest()}.bf16"
         corpus = Corpus(text, hidden, teacher, heads.num_depths)
         corpus.compute(_bar(bars, "hidden states", len(text.tokens)))
-        vocab = _draft_vocab(options, corpus, start)
+        vocab = _draft_vocab(options, corpus, None if heads.drafts_all_tokens else start)
         trainer = HeadsTrainer(heads, corpus, vocab, options.fit, options.out / "state.pt")
         _fit(trainer, _bar(bars, "training", 1))
     if trainer.done() < 1:

@@ -19,12 +19,18 @@ class Heads(Protocol):
     """
 
     num_depths: int
+    drafts_all_tokens: bool
+    """Whether the engine drafts from the whole vocabulary, whatever part of it the loss is over."""
 
     @property
     def module(self) -> nn.Module: ...
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, shapes included."""
+
+    def own_loss(self, outputs: Tensor, hidden: Tensor) -> Tensor | float:
+        """What is added to the loss of one depth, for rows of outputs and the target's hidden
+        states there, [num_rows, hidden_size]."""
 
     def initialise(self, corpus: Corpus) -> None:
         """Sets the weights to where training begins."""

@@ -23,6 +23,8 @@ from vllm_specplus.train.teacher import Teacher
 class Medusa:
     """Heads over the target's own matrix of the vocabulary; `start`: heads to go on from."""
 
+    drafts_all_tokens = False
+
     def __init__(
         self,
         teacher: Teacher,
@@ -55,6 +57,9 @@ class Medusa:
 
     def identity(self) -> dict[str, Any]:
         return self.module.config.model_dump(exclude={"training", "target"})
+
+    def own_loss(self, outputs: Tensor, hidden: Tensor) -> float:
+        return 0.0
 
     @torch.no_grad()
     def initialise(self, corpus: Corpus) -> None:

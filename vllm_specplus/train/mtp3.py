@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +13,18 @@ from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, HeadsConfi
 from vllm_specplus.proposers.heads.files import check_fits, embedding_sha256
 from vllm_specplus.proposers.heads.mtp import MTPHeads, RMSNorm
 from vllm_specplus.train.corpus import Corpus
+from vllm_specplus.train.regression import Regression, some_samples
 from vllm_specplus.train.teacher import Teacher
 
 _LINEAR = 0.08
 """Size of what the layer adds to its input at first."""
-_RIDGE = 1e-4
-"""Weight decay of the regression, as a share of the features' mean square."""
-_REGRESSION_TOKENS = 100_000
 
 
 class MTP3:
     """Three modules, tied or not; `start`: heads to go on from."""
 
     num_depths = 3
+    drafts_all_tokens = False
 
     def __init__(
         self,
@@ -55,6 +55,9 @@ class MTP3:
     def identity(self) -> dict[str, Any]:
         return self.module.config.model_dump(exclude={"training", "target"})
 
+    def own_loss(self, outputs: Tensor, hidden: Tensor) -> float:
+        return 0.0
+
     @torch.no_grad()
     def initialise(self, corpus: Corpus) -> None:
         """The layer from the target's last one, near linear; the projections by ridge regression of
@@ -75,29 +78,21 @@ class MTP3:
         self._regress(corpus)
 
     def _regress(self, corpus: Corpus) -> None:
-        """Hoerl and Kennard 1970; tied weights fit all depths so far together."""
-        heads, config = self.module, self.module.config
-        gain = torch.where(self.teacher.norm_gain.abs() < 1e-3, 1.0, self.teacher.norm_gain)
-        num_features = 2 * config.hidden_size
-        gram = gain.new_zeros(num_features, num_features)
-        cross = gain.new_zeros(num_features, config.hidden_size)
+        """Tied weights fit all depths so far together."""
+        heads, size = self.module, self.module.config.hidden_size
         for depth in range(self.num_depths):
-            if not config.tied:
-                gram.zero_()
-                cross.zero_()
-            num_tokens = 0
-            for index in corpus.training:
-                batch = corpus.batch([index])
-                num_tokens += int(batch.lengths[0])
-                if num_tokens > _REGRESSION_TOKENS:
-                    break
-                length = int(batch.lengths[0]) - depth - 1
-                hidden, embeddings = batch.hidden.float(), corpus.embeddings(batch).float()
-                features = self._features(depth, hidden, embeddings)[0, :length]
-                gram += features.T @ features
-                cross += features.T @ (hidden[0, depth + 1 :] / gain)
-            ridge = _RIDGE * gram.diagonal().mean() * torch.eye(num_features, device=gram.device)
-            heads.at(depth).eh_proj.weight.copy_(torch.linalg.solve(gram + ridge, cross).T)
+            if depth == 0 or not heads.config.tied:
+                regression = Regression(2 * size, size, self.teacher.device)
+            heads.at(depth).eh_proj.weight.copy_(regression.fit(self._rows(corpus, depth)))
+
+    def _rows(self, corpus: Corpus, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the projection of a depth takes, and what its hidden state should be."""
+        gain = torch.where(self.teacher.norm_gain.abs() < 1e-3, 1.0, self.teacher.norm_gain)
+        for batch in some_samples(corpus):
+            length = int(batch.lengths[0]) - depth - 1
+            hidden, embeddings = batch.hidden.float(), corpus.embeddings(batch).float()
+            features = self._features(depth, hidden, embeddings)[0, :length]
+            yield features, hidden[0, depth + 1 :] / gain
 
     def _features(self, depth: int, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """What the projection of a depth takes, given the depths before it."""

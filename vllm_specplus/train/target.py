@@ -10,6 +10,7 @@ from vllm_specplus.train.text import MIX, Prompt, Sample
 
 _WAVE = 128
 """Prompts that are given to vLLM at once; after each wave the caller keeps the samples."""
+_CPU_MEMORY = 0.5
 
 
 class Writer:
@@ -19,9 +20,16 @@ class Writer:
         self, model: str, prompt_tokens: int, new_tokens: int, chat: bool, seed: int
     ) -> None:
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        # On CPUs vLLM asks for a share of all memory, and by default for nearly all of it.
+        memory = {"gpu_memory_utilization": _CPU_MEMORY} if current_platform.is_cpu() else {}
         self.llm = LLM(
-            model=model, max_model_len=prompt_tokens + new_tokens, seed=seed, enforce_eager=True
+            model=model,
+            max_model_len=prompt_tokens + new_tokens,
+            seed=seed,
+            enforce_eager=True,
+            **memory,
         )
         self.prompt_tokens, self.new_tokens, self.chat = prompt_tokens, new_tokens, chat
 

@@ -1,11 +1,11 @@
 """Fits heads of any kind to a target's distribution, so that it can be interrupted at any step.
 
 Loss: KL of the heads' distribution from the target's at temperature 1, over a sample of the draft
-vocabulary's rows, with weights 0.8^k (distillation: Hinton et al. 2015, arXiv 1503.02531; sampled
-rows: Jean et al. 2015, arXiv 1412.2007). The target's is its own head on its own hidden state one
-step on, so no logits are stored. AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over float32
-weights, a cosine schedule. All randomness comes from (seed, step), so a run that was interrupted
-and resumed goes the way of one that was not.
+vocabulary's rows, and what the kind of heads adds, with weights 0.8^k (distillation: Hinton et al.
+2015, arXiv 1503.02531; sampled rows: Jean et al. 2015, arXiv 1412.2007). The target's is its own
+head on its own hidden state one step on, so no logits are stored. AdamW (Loshchilov and Hutter
+2019, arXiv 1711.05101) over float32 weights, a cosine schedule. All randomness comes from (seed,
+step), so a run that was interrupted and resumed goes the way of one that was not.
 """
 
 from __future__ import annotations
@@ -126,8 +126,13 @@ class HeadsTrainer:
 
     @torch.no_grad()
     def evaluate(self, num_samples: int | None = None) -> Ranks:
-        """Ranks of the right tokens on held-out text, over the whole draft vocabulary."""
+        """Ranks of the right tokens on held-out text, over all tokens that the engine drafts from.
+
+        num_samples: a first look at so many samples, over the loss's vocabulary; None for all.
+        """
         ranks, kinds = [], []
+        all_tokens = self.heads.drafts_all_tokens and num_samples is None
+        head = self.corpus.teacher.head.to(self.dtype) if all_tokens else self.head
         for index in self.corpus.held_out[:num_samples]:
             batch = self.corpus.batch([index])
             depths = self.heads.num_depths
@@ -137,8 +142,9 @@ class HeadsTrainer:
             outputs = self._predict(batch)[:, 0, rows].to(self.dtype)
             found = []
             for depth in range(depths):
-                place = self.place[batch.tokens[0, rows + depth + 2]]
-                found.append(rank_of(outputs[depth] @ self.head.T, place).cpu())
+                right = batch.tokens[0, rows + depth + 2]
+                place = right if all_tokens else self.place[right]
+                found.append(rank_of(outputs[depth] @ head.T, place).cpu())
             ranks.append(torch.stack(found))
             kinds += [self.corpus.text.kinds[index]] * len(rows)
         return Ranks(torch.cat(ranks, dim=1), tuple(kinds))
@@ -197,6 +203,8 @@ class HeadsTrainer:
             rows, ahead = batch.inside(depth + 1), target.roll(-depth - 1, dims=1)
             drafted = (leaf[depth][rows].to(self.dtype) @ head.T).float().log_softmax(-1)
             loss = functional.kl_div(drafted, ahead[rows], log_target=True, reduction="batchmean")
+            wanted = batch.hidden.roll(-depth - 1, dims=1)[rows]
+            loss = loss + self.heads.own_loss(leaf[depth][rows], wanted)
             (_DEPTH_WEIGHT**depth * loss).backward()
             total += float(loss.detach()) / self.heads.num_depths
         outputs.backward(leaf.grad)
