@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_specplus.config import METHODS, parse_methods
+from vllm_specplus.core.growth import NUM_CHILDREN
 from vllm_specplus.core.optimal import OptimalTrees, prior_rates
-from vllm_specplus.core.width import MOST_CHILDREN, prior_rate
+from vllm_specplus.core.width import prior_rate
 from vllm_specplus.errors import bad_option
 from vllm_specplus.shapes import MAX_NODES, Chain, StaticTree
 
@@ -86,7 +87,7 @@ def _optimal(keys: Mapping[str, Any], tree: str, rest: str) -> str:
     depth = keys.get("num_speculative_tokens") or next(filter(None, defaults), None)
     if not isinstance(depth, int) or not 1 <= depth <= MAX_NODES:
         return str(Chain())  # the option's own check says what is wrong
-    rates = prior_rates(prior_rate(methods), MOST_CHILDREN, depth)
+    rates = prior_rates(prior_rate(methods), NUM_CHILDREN, depth)
     return str(StaticTree(tuple(OptimalTrees(rates, int(rest)).paths(int(rest)))))
 
 
