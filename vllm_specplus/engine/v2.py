@@ -50,7 +50,7 @@ from vllm_specplus.engine.drafters.windows import init_trunk
 from vllm_specplus.engine.v2_chain import ChainDrafter, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
-from vllm_specplus.errors import not_built
+from vllm_specplus.errors import VLLM_CHAINS, not_built
 
 _RULES: dict[Verify, Rule] = {
     "auto": "match",
@@ -115,7 +115,7 @@ class TreeModelState(DefaultModelState):
                 "attention_backend",
                 layer.attn_backend.get_name(),
                 "is not one that trees were built for",
-                f"use {', '.join(GPU_BACKENDS)}, or speculative_tree='chain'",
+                f"use {', '.join(GPU_BACKENDS)}, or {VLLM_CHAINS}",
             )
         return layer
 
@@ -261,7 +261,7 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
             "model",
             vllm_config.model_config.model,
             f"keeps its state in {cls.__name__}, which trees were not built for",
-            "use speculative_tree='chain'",
+            f"use {VLLM_CHAINS}",
         )
     return TreeModelState(vllm_config, model, *args)
 

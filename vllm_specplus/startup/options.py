@@ -20,7 +20,7 @@ from vllm_specplus.config import (
 )
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
-from vllm_specplus.errors import OptionError, bad_option, not_built
+from vllm_specplus.errors import VLLM_CHAINS, OptionError, bad_option, not_built
 from vllm_specplus.proposers.heads.hf import check_loads
 from vllm_specplus.shapes import Chain, LookaheadShape, StaticTree, parse_tree
 from vllm_specplus.startup.derived import derive, is_derived
@@ -147,7 +147,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     result = fold(arguments)
     model = str(result.get("model"))
     config, others = read(derive(_with_depth(result["speculative_config"], model)))
-    if _is_native(config, model):
+    if is_native(config, model):
         native = native_config(config, config.methods[0], others.get("revision"))
         result["speculative_config"] = native | others
         heads = isinstance(config.methods[0].model, str) and METHODS[config.method].heads
@@ -197,7 +197,7 @@ def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
     return keys | {"num_speculative_tokens": num_mtp_modules(model)}
 
 
-def _is_native(config: SpecPlusConfig, model: str) -> bool:
+def is_native(config: SpecPlusConfig, model: str) -> bool:
     """Whether vLLM itself runs what is asked for: a chain, but of heads and of several modules only
     on the V2 runner."""
     if not isinstance(config.tree, Chain) or len(config.methods) > 1:
@@ -349,5 +349,5 @@ def _check_alone(others: Mapping[str, Any]) -> None:
             f"speculative_config[{key!r}]",
             value,
             "has no meaning for a token tree",
-            "leave it out, or use speculative_tree='chain'",
+            f"leave it out, or use {VLLM_CHAINS}",
         )
