@@ -99,6 +99,7 @@ V2_HOST_METHODS: dict[str, str] = {
     "DraftModelSpeculator.set_attn": "model_state kv_cache_config block_tables "
     "target_input_buffers target_attn_groups",
     "DraftModelSpeculator.compute_draft_logits": "hidden_states spec_step_idx",
+    "DraftModelSpeculator.sample_draft": "hidden_states",
     "EagleSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
     "StandaloneARSpeculator._run_model": "input_ids positions attn_metadata slot_mappings "
     "num_tokens_across_dp",
