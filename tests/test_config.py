@@ -187,7 +187,10 @@ def test_a_lookahead_window_is_a_shape(options: dict[str, Any], depth: int, num_
         ({"tree": "chain"}, "write for example 'dynamic:29'"),
         ({"tree": "static:[(0,)]"}, "no room for the 14 nodes"),
         ({"num_speculative_tokens": 5}, "less than the depth 6 of the lookahead window"),
-        ({"lookahead_window": 32, "lookahead_ngram": 8}, "no room for the 223 nodes"),
+        (
+            {"lookahead_window": 32, "lookahead_ngram": 8},
+            "no room for the 223 nodes of the lookahead window; make lookahead_window or",
+        ),
         ({"lookahead_window": 0}, "lookahead_window=0 is refused"),
         ({"lookahead_window": "5"}, "lookahead_window='5' is refused"),
         ({"lookahead_ngram": 1}, "lookahead_ngram=1 is refused"),

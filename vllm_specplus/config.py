@@ -346,7 +346,9 @@ class SpecPlusConfig(BaseModel):
                 "speculative_tree",
                 str(self.tree),
                 f"has no room for the {window.num_rows} nodes of the lookahead window",
-                f"leave it out or write for example '{window.tree}'",
+                f"leave it out or write for example '{window.tree}'"
+                if window.num_rows <= MAX_NODES
+                else "make lookahead_window or lookahead_ngram smaller",
             )
         if self.num_speculative_tokens < window.depth:
             raise bad_option(

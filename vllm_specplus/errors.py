@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import reprlib
 
+VLLM_CHAINS = "a chain of vLLM's own (speculative_model='[ngram]' without speculative_tree)"
+"""What is left where there can be no trees, whatever was to draft them."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 

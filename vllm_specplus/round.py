@@ -83,7 +83,7 @@ class SpecRound:
             self.budget.measured(config.step_costs)
         self.max_depth = config.num_speculative_tokens
         self.stats = SpecStats(self.max_depth)
-        self.ranks = RankCounts()
+        self.ranks: RankCounts | None = None  # counted when asked for
 
     def stage(self, trees: Sequence[Tree], query_start_loc: np.ndarray) -> Staged:
         """Lays the trees over the step's rows: a request's last 1 + num_nodes rows are its tree.
@@ -144,7 +144,8 @@ class SpecRound:
         self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]
     ) -> None:
         """Feeds what was verified back to the proposer."""
-        self.ranks.observe(tree, accepted_rows)
+        if self.ranks is not None:
+            self.ranks.observe(tree, accepted_rows)
         self.proposer.observe(req_id, tree, accepted_rows, row_tokens)
 
     def forget(self, req_id: str) -> None:

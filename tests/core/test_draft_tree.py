@@ -15,13 +15,11 @@ from specplus_kernels import dispatch
 
 from tests.core.test_graft import paths_of
 from vllm_specplus.core.draft_tree import (
-    MAX_WIDTH,
-    NUM_CHILDREN,
     DraftTree,
     level_width,
     path_masks,
 )
-from vllm_specplus.core.growth import Path, chain_paths, grow
+from vllm_specplus.core.growth import MAX_FRONTIER, NUM_CHILDREN, Path, chain_paths, grow
 from vllm_specplus.core.static_shape import StaticShape
 
 Provider = Literal["reference", "triton"]
@@ -98,6 +96,6 @@ def test_paths_see_themselves() -> None:
 
 
 def test_widths_fit_their_room() -> None:
-    assert [level_width(1, room) for room in (0, 1, 5, 127)] == [0, 1, 5, MAX_WIDTH]
+    assert [level_width(1, room) for room in (0, 1, 5, 127)] == [0, 1, 5, MAX_FRONTIER]
     assert [level_width(level, 12) for level in (1, 2, 3, 12, 13)] == [8, 6, 4, 1, 0]
     assert level_width(20, 1000) * 20 <= 128

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.core.strategies import path_rows, trees
 from vllm_specplus.core.tree import MAX_ROWS, WORD_BITS, QKind, Tree, TreeBatch
+from vllm_specplus.shapes import MAX_NODES
 
 STAR = Tree(range(63), [0] * 63)
 FULL = Tree([1, 2, 1, 2, 1, 2], [0, 0, 1, 1, 2, 2])
@@ -96,7 +97,7 @@ def test_the_kind_of_q_is_told_per_node() -> None:
         ([1, 2], [0, -1], "parent of row 2 is -1"),
         ([1, 1], [0, 0], "row 2 repeats token 1 under parent 0"),
         ([1, 2], [0], "2 tokens and 1 parents"),
-        (range(MAX_ROWS), range(MAX_ROWS), "at most 127"),
+        (range(MAX_ROWS), range(MAX_ROWS), f"at most {MAX_NODES}"),
     ],
 )
 def test_what_is_no_tree_is_refused(tokens: list[int], parents: list[int], message: str) -> None:

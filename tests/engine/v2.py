@@ -272,6 +272,19 @@ def metrics() -> None:
     assert 0 <= surplus <= NUM_NODES * len(wanted), surplus
 
 
+def ranks() -> None:
+    """What is counted of the trees for `vllm-specplus tune` is what was accepted of them."""
+    wanted = asked("greedy", 3, max_tokens=30)
+    plain_run("llama", wanted)
+    trees, accepted = engine("llama", "oracle"), MOVED.accepted
+    trees.llm.collective_rpc("specplus_count_ranks")
+    trees.run(wanted)
+    found = trees.llm.collective_rpc("specplus_measured")[0]
+    num_accepted = MOVED.accepted - accepted
+    assert sum(map(sum, found["by_rank"])) == sum(found["by_row"][1:]) == num_accepted > 0
+    assert any(count for of_depth in found["by_rank"] for count in of_depth[1:])
+
+
 def verified_in_chunks() -> None:
     """Every request is a chunk of its own, with or without logprobs."""
     names = ("greedy", "logprobs", "seed", "logprobs_seed", "logprobs_penalty", "json")
@@ -315,6 +328,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "schedule: static tree": lambda: equal(
         asked("greedy", 4, max_tokens=40), kind="ngram", moves=False, speculative_tree=STATIC_TREE
     ),
+    "schedule: optimal tree": lambda: equal(
+        asked("greedy", 4, max_tokens=40), kind="ngram", moves=False, speculative_tree="optimal:8"
+    ),
     "schedule: sliding window": lambda: equal(asked("greedy", 3, max_tokens=40), model="sliding"),
     "schedule: sliding window, seed": lambda: equal(asked("seed", 4), model="sliding"),
     "schedule: whole batch": whole_batch,
@@ -335,6 +351,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "schedule: async, prefix cache": lambda: prefix_cache(ahead()),
     "schedule: async, arrivals and aborts": lambda: arrivals_and_aborts(ahead()),
     "schedule: metrics": metrics,
+    "schedule: ranks": ranks,
     "schedule: verified in chunks": verified_in_chunks,
     "control: no commit": control(v2.KVCommitPlan, "__call__", lambda *_: None),
     "control: no mask": control(v2, "tree_stage", no_mask),

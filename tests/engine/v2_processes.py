@@ -11,9 +11,14 @@ import tests.engine.interpreter  # noqa: F401  (before vLLM)
 # isort: split
 import os
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+import pytest
 from vllm import LLM, RequestOutput
 
 from tests.engine import v2, v2_drafters
@@ -23,6 +28,8 @@ from tests.engine.features import assert_equal, params, prompts, requests
 from tests.engine.metrics import check, gather
 from tests.engine.proposers import Truth, truth
 from tests.engine.streaming import ABORTED, assert_streamed
+from vllm_specplus.startup.derived import WIDTHS, Recommended
+from vllm_specplus.startup.tune import TuneOptions, tune
 
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles one function where there are two workers
 CORE = dict(VLLM_ENABLE_V1_MULTIPROCESSING="1")
@@ -120,9 +127,37 @@ def streams() -> None:
     assert_streamed(wanted, v2.plain_run("llama", wanted), **DEFAULTS | v2.TREE)
 
 
+def tuned() -> None:
+    """Ranks are counted in a core of its own; its times mean nothing, so another tree is served."""
+    texts = ["how long can the day be " * 4, "red green red green " * 6]
+    engine = DEFAULTS | dict(max_num_seqs=2)
+    settings = TuneOptions(str(model_path("llama")), "[ngram]", 4, 8, 64, 0.0, engine)
+    with mock.patch.dict(os.environ, CORE):
+        found = tune(settings, texts)
+    assert found.engine == "cpu-v2" and set(found.step_costs) == {1, 2, 9, 18}
+    deep = [sum(of_depth) for of_depth in found.rates]
+    assert found.accepted[-1] == pytest.approx(sum(accumulate(deep, mul))) and deep[0] > 0
+    assert len(deep) == 4 and found.accepted == sorted(found.accepted)
+    wide, narrow = (
+        Recommended(speculative_tree=f"dynamic:{n}", num_nodes=n, num_accepted=1, speedup=2)
+        for n in (v2.NUM_NODES, 3)
+    )
+    found = found.model_copy(update={"recommended": {1: wide, 3: narrow}})
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "tuned.json"
+        file.write_text(found.model_dump_json())
+        wanted = v2.asked("greedy", 4, max_tokens=40)
+        served: dict[str, Any] = dict(speculative_tree=f"tuned:{file}")
+        v2.equal(wanted, kind="ngram", moves=False, **served)
+        config = v2.engine("llama", "ngram", (*served.items(),)).llm.llm_engine.vllm_config
+        widths = getattr(config.speculative_config, WIDTHS)
+    assert widths == [(1, 2, v2.NUM_NODES), (3, 8, 3)]
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "processes: core apart": lambda: features(CORE),
     "processes: two workers": lambda: features({}, **TWO_WORKERS),
+    "processes: tuned tree": tuned,
     "processes: asynchronous engine": streams,
     "processes: two workers, eagle": lambda: drafter("eagle"),
     "processes: two workers, heads": lambda: drafter("heads"),

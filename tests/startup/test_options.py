@@ -245,6 +245,14 @@ def test_stock_arguments_are_not_touched(arguments: dict[str, Any]) -> None:
             "--prompts FILE --out DIR` and",
         ),
         (OptionError, {"speculative_config": {"method": "mtp3"}}, "and write '[mtp3]DIR'"),
+        (
+            OptionError,
+            {
+                "speculative_model": "[mtp3]m",
+                "speculative_tree": f"static:{[(n,) for n in range(9)]}",
+            },
+            "has a node of rank 8, and [mtp3]m drafts 8 tokens after a node, ranks 0 to 7; leave",
+        ),
         (NotBuiltError, {"speculative_model": "[eagle+suffix]m"}, "chains of [ngram], [mtp]"),
         (
             NotBuiltError,

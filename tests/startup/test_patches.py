@@ -162,6 +162,13 @@ def test_refused_for_trees_only(model: str, arguments: dict[str, Any], said: str
     assert said in str(e.value)
 
 
+@pytest.mark.parametrize("method", ["lookahead", "lookahead+ngram"])
+def test_the_way_out_is_a_chain_that_vllm_has(model: str, method: str) -> None:
+    """Of lookahead and of two methods there is none."""
+    with pytest.raises(NotBuiltError, match=r"='\[ngram\]' without speculative_tree\)\.$"):
+        build(model, speculative_model=f"[{method}]", kv_cache_dtype="fp8")
+
+
 def test_a_connector_that_saves_after_the_step_is_accepted(model: str) -> None:
     build(model, **TREE, kv_transfer_config=KVTransferConfig("NixlConnector", kv_role="kv_both"))
 
@@ -211,7 +218,7 @@ def test_v2_runner_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_refused_in_the_v2_runner(model: str, path: str, value: Any, said: str) -> None:
     config = build(model, **TREE)
-    assert list(v2_refusals(config)) == []
+    assert list(v2_refusals(config)) == list(v2_refusals(build(model))) == []
     *owners, name = path.split(".")
     setattr(reduce(getattr, owners, config), name, value)
     ((field, found, reason, _),) = v2_refusals(config)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.startup.spellings import by_flags, by_keywords, outcome
 from vllm_specplus.errors import NotBuiltError, OptionError
-from vllm_specplus.startup import host, options
+from vllm_specplus.startup import derived, host, options
 from vllm_specplus.startup.derived import Recommended, Tuned
 
 pytestmark = pytest.mark.usefixtures("only_the_options_patched")
@@ -46,33 +47,91 @@ def test_optimal_stands_for_a_static_tree_in_every_spelling(model: str) -> None:
     assert outcome(by_keywords(model, **asked, speculative_config=keys)) == wanted
 
 
-def tuned(path: Path, tree: str | None = "static:[(0,),(1,)]", method: str = "[ngram]") -> str:
-    best = Recommended(speculative_tree=tree, num_nodes=2, num_accepted=0.5, speedup=1.2)
+STATIC, NONE = "static:[(0,),(1,)]", (None, 0)
+TREES = {1: NONE, 4: ("dynamic:9", 9), 16: (STATIC, 2), 64: NONE}
+
+
+def tuned(
+    path: Path, trees: Mapping[int, tuple[str | None, int]] = TREES, **fields: str
+) -> dict[str, str]:
+    """The options that name a file, which is of the model in its folder if not said otherwise."""
+    recommended = {
+        size: Recommended(speculative_tree=tree, num_nodes=nodes, num_accepted=0.5, speedup=1.2)
+        for size, (tree, nodes) in trees.items()
+    }
+    about = {"engine": "cpu-v1", "model": "m", "speculative_model": "[ngram]"} | fields
     file = Tuned(
-        model="m",
-        speculative_model=method,
+        **about,
         num_speculative_tokens=4,
         temperature=0.0,
         rates=[[0.4, 0.1]],
         accepted=[0.0, 0.4, 0.5],
         drafted=1.0,
         step_costs={1: 5.0, 8: 6.5},
-        spec_ms=0.1,
-        recommended={4: best.model_copy(update={"speculative_tree": None}), 1: best},
+        spec_ms={1: 0.1},
+        recommended=recommended,
     )
     path.write_text(file.model_dump_json())
-    return f"tuned:{path}"
+    return {"speculative_model": "[ngram]", "speculative_tree": f"tuned:{path}"}
 
 
 def test_a_tuned_file_says_tree_depth_and_costs(model: str, tmp_path: Path) -> None:
-    asked = {"speculative_model": "[ngram]", "speculative_tree": tuned(tmp_path / "t.json")}
+    asked = tuned(tmp_path / "t.json")
     for spelled in (by_keywords, by_flags):
         config = spelled(model, **asked).additional_config["specplus"]
-        assert config["tree"] == "static:[(0,),(1,)]"
+        assert config["tree"] == "dynamic:9"
         assert (config["num_speculative_tokens"], config["step_costs"]) == (4, "1:5.0,8:6.5")
     own = {"num_speculative_tokens": 2, "speculative_step_costs": "1:7"}
     config = by_keywords(model, **asked, **own).additional_config["specplus"]
     assert (config["num_speculative_tokens"], config["step_costs"]) == (2, "1:7.0")
+
+
+def test_the_widest_tree_of_batches_that_can_be(model: str, tmp_path: Path) -> None:
+    """It is made narrower in larger batches."""
+    trees = {1: (STATIC, 2), 4: ("dynamic:9", 9), 16: ("dynamic:3", 3)}
+    asked = tuned(tmp_path / "t.json", trees)
+    for most, tree in ((3, STATIC), (4, "dynamic:9"), (64, "dynamic:9")):
+        arguments = by_keywords(model, **asked, max_num_seqs=most)
+        assert arguments.additional_config["specplus"]["tree"] == tree
+
+
+def test_on_v2_each_batch_size_has_its_width(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("wanted_engine", "tree_engine"):
+        monkeypatch.setattr(options, name, lambda: host.V2_ENGINE)
+    monkeypatch.setattr(derived, "wanted_engine", lambda: host.V2_ENGINE)
+    asked = tuned(tmp_path / "t.json", engine="v2") | {"max_num_seqs": 20}
+    widths = [(1, 3, 0), (4, 15, 9), (16, 20, 2)]
+    assert by_keywords(model, **asked).speculative_config[derived.WIDTHS] == widths
+    own = {"speculative_step_costs": "1:7"}
+    (every_size,) = by_keywords(model, **asked, **own).speculative_config[derived.WIDTHS]
+    assert every_size == (1, 20, 9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model": "other/model"}, "was measured with 'other/model', and this is"),
+        ({"engine": "v2"}, "in the engine v2, and this is cpu-v1: its tree is used, its step"),
+        ({"speculative_model": "[mtp3+ngram]a"}, "with 'a', and this is 'b'"),
+    ],
+)
+def test_what_a_file_was_not_measured_for_is_said(
+    model: str,
+    tmp_path: Path,
+    fields: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(derived.logger, "warning", lambda text, *args: warned.append(text % args))
+    asked = tuned(tmp_path / "t.json", TREES, **{"model": model} | fields)
+    if "speculative_model" in fields:
+        asked["speculative_model"] = "[mtp3+ngram]b"
+    config = by_keywords(model, **asked).additional_config["specplus"]
+    assert [said in sentence for sentence in warned] == [True]
+    assert (config["step_costs"] is None) == ("engine" in fields)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +152,15 @@ def test_derived_trees_that_cannot_be(model: str, tree: str, said: str) -> None:
 
 
 def test_files_that_say_something_else_are_refused(model: str, tmp_path: Path) -> None:
-    file = tmp_path / "t.json"
-    for fields, said in (
-        ({"tree": None}, "no drafts of '[ngram]' pay"),
-        ({"method": "[mtp3]x"}, "was measured with '[mtp3]x', not with this method"),
-    ):
-        tree = tuned(file, **fields)
-        with pytest.raises(OptionError) as error:
-            by_keywords(model, speculative_model="[ngram]", speculative_tree=tree)
-        assert said in str(error.value)
+    file, asked = tmp_path / "t.json", tuned(tmp_path / "t.json")
+    with pytest.raises(OptionError, match=r"no drafts of '\[ngram\]' pay"):
+        by_keywords(model, **asked, max_num_seqs=1)
+    tuned(file, {1: NONE, 64: NONE})
+    with pytest.raises(OptionError, match=r"no drafts of '\[ngram\]' pay"):
+        by_keywords(model, **asked)
+    tuned(file, speculative_model="[mtp3]x")
+    with pytest.raises(OptionError, match=r"was measured with '\[mtp3\]x', not with this method"):
+        by_keywords(model, **asked)
     file.write_text("{}")
     with pytest.raises(OptionError, match="is no file that"):
         by_keywords(model, speculative_model="[ngram]", speculative_tree=f"tuned:{file}")

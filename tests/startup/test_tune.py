@@ -12,47 +12,52 @@ from typer.testing import CliRunner
 from tests.engine.engines import model_path
 from vllm_specplus.cli import main
 from vllm_specplus.core.rank_counts import RankCounts
-from vllm_specplus.startup.tune import BATCH_SIZES, TuneOptions, recommend
+from vllm_specplus.startup.derived import Recommended
+from vllm_specplus.startup.tune import BATCH_SIZES, Measured, TuneOptions, recommend
 
-
-def options(**fields: Any) -> TuneOptions:
-    return TuneOptions("m", "[ngram]", 3, 8, new_tokens=9, temperature=0.0, engine={}, **fields)
-
-
-def counts(by_rank: list[list[int]], by_row: list[int]) -> RankCounts:
-    return RankCounts(by_rank, by_row)
-
-
+OPTIONS = TuneOptions("m", "[ngram]", 3, 8, new_tokens=9, temperature=0.0, engine={})
 FLAT, STEEP = {1: 10.0, 64: 10.0, 128: 10.0}, {1: 10.0, 64: 640.0, 128: 1280.0}
-SURE = counts([[90], [80], [70]], [100, 90, 80, 70])
+SURE = RankCounts([[90], [80], [70]], [100, 90, 80, 70])
+
+
+def best(
+    ranks: RankCounts,
+    step_costs: dict[int, float],
+    spec_ms: tuple[float, float] = (0.0, 0.0),
+    drafted: float = 1.0,
+) -> dict[int, Recommended]:
+    return recommend(OPTIONS, Measured(ranks, drafted, step_costs, spec_ms), "cpu-v1").recommended
 
 
 def test_free_rows_get_the_whole_tree_and_dear_ones_none() -> None:
-    free = recommend(options(), SURE, FLAT, spec_ms=0.0, drafted=1.0)
-    dear = recommend(options(), SURE, STEEP, spec_ms=0.0, drafted=1.0)
+    free, dear = best(SURE, FLAT), best(SURE, STEEP)
     for batch_size in BATCH_SIZES:
-        assert free.recommended[batch_size].speedup == pytest.approx(3.4)
-        assert dear.recommended[batch_size].speculative_tree is None
-        assert dear.recommended[batch_size].speedup == 1.0
-    assert free.recommended[1].num_nodes == 3
-    rare = recommend(options(), SURE, FLAT, spec_ms=0.0, drafted=0.25)
-    assert rare.recommended[1].speedup == pytest.approx(1 + 0.25 * 2.4)
-    slow = recommend(options(), SURE, FLAT, spec_ms=30.0, drafted=1.0)
-    assert slow.recommended[1].speculative_tree is None
+        assert free[batch_size].speedup == pytest.approx(3.4)
+        assert dear[batch_size].speculative_tree is None
+        assert dear[batch_size].speedup == 1.0
+    assert free[1].num_nodes == 3
+    assert best(SURE, FLAT, drafted=0.25)[1].speedup == pytest.approx(1 + 0.25 * 2.4)
+
+
+def test_drafting_takes_its_time_per_step_or_per_request() -> None:
+    """Whether it found something or not."""
+    assert best(SURE, FLAT, (30.0, 0.0))[1].speculative_tree is None
+    batched, one_by_one = best(SURE, FLAT, (10.0, 0.1)), best(SURE, FLAT, (0.5, 0.5))
+    assert batched[1].speedup == batched[64].speedup == pytest.approx(3.4 / 2)
+    assert one_by_one[1].speedup == pytest.approx(3.4 / 1.05)
+    assert one_by_one[64].speculative_tree is None
+    rare = best(SURE, FLAT, (5.0, 0.0), drafted=0.25)[1]
+    assert rare.speedup == pytest.approx((1 + 0.25 * 2.4) / 1.5)
 
 
 def test_the_better_kind_of_tree_is_recommended() -> None:
     """Dynamic trees put what is right first, or did not; the static one knows the ranks alone."""
-    early = counts([[50, 40]], [100, 90, 0, 0])
-    late = counts([[50, 40]], [100, 10, 10, 10, 20, 40])
     costs = {rows: 10.0 + rows for rows in (1, 64)}
-    found = {
-        name: recommend(options(), ranks, costs, 0.0, 1.0).recommended[1]
-        for name, ranks in (("early", early), ("late", late))
-    }
-    assert found["early"].speculative_tree == "dynamic:1"
-    assert found["late"].speculative_tree == "static:[(0,),(1,)]"
-    assert found["late"].num_accepted == pytest.approx(0.9)
+    early = best(RankCounts([[50, 40]], [100, 90, 0, 0]), costs)[1]
+    late = best(RankCounts([[50, 40]], [100, 10, 10, 10, 20, 40]), costs)[1]
+    assert early.speculative_tree == "dynamic:1"
+    assert late.speculative_tree == "static:[(0,),(1,)]"
+    assert late.num_accepted == pytest.approx(0.9)
 
 
 def tune(tmp_path: Path, *arguments: str) -> tuple[Any, Path]:
@@ -76,6 +81,7 @@ def test_a_model_is_tuned(tmp_path: Path) -> None:
     curve = found["accepted"]
     assert len(curve) == 13 and curve == sorted(curve) and curve[0] == 0 < curve[1]
     assert [int(rows) for rows in found["step_costs"]] == [1, 2, 4, 8, 16, 32, 64, 104]
+    assert 0 < found["spec_ms"]["1"] <= found["spec_ms"]["64"] and found["engine"] == "cpu-v1"
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,15 @@ from functools import lru_cache
 import torch
 from specplus_kernels.tree_grow import TreeRows, expand, rerank
 
+from vllm_specplus.core.growth import MAX_FRONTIER, NUM_CHILDREN
 from vllm_specplus.core.static_shape import StaticShape
-from vllm_specplus.core.tree import WORD_BITS, ancestor_words
-
-NUM_CHILDREN = 8
-"""Candidates after a node."""
-MAX_WIDTH = 8
-"""Nodes of a level that are continued."""
-MAX_ROWS = 128
-"""Of one request in a level: what tree attention masks."""
+from vllm_specplus.core.tree import MAX_ROWS, WORD_BITS, ancestor_words
 
 
 def level_width(level: int, room: int) -> int:
-    """How many paths of `level` nodes a request runs in `room` rows; 0: none fits."""
-    return min(MAX_WIDTH, NUM_CHILDREN**level, min(room, MAX_ROWS) // level)
+    """How many paths of `level` nodes a request runs in `room` rows, which tree
+    attention must mask; 0: none fits."""
+    return min(MAX_FRONTIER, NUM_CHILDREN**level, min(room, MAX_ROWS) // level)
 
 
 @lru_cache(maxsize=256)
@@ -49,7 +44,7 @@ class DraftTree:
         self, num_levels: int, chain_only: torch.Tensor, shape: StaticShape | None
     ) -> None:
         num_reqs, device = len(chain_only), chain_only.device
-        most = NUM_CHILDREN * (1 + MAX_WIDTH * (num_levels - 1))
+        most = NUM_CHILDREN * (1 + MAX_FRONTIER * (num_levels - 1))
         self._tokens = torch.zeros(num_reqs, most, dtype=torch.int64, device=device)
         self._parents = torch.zeros_like(self._tokens)
         self._scores = torch.zeros(num_reqs, most, device=device)

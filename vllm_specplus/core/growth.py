@@ -13,6 +13,11 @@ from math import exp, inf, log
 
 from vllm_specplus.core.tree import QKind, Tree
 
+NUM_CHILDREN = 8
+"""Candidates after a node, of drafters that run a model for each level."""
+MAX_FRONTIER = 8
+"""Nodes of a level that are continued."""
+
 Path = tuple[int, ...]
 Expand = Callable[[Path], Iterable[tuple[int, float]]]
 

@@ -13,9 +13,8 @@ from enum import Enum
 
 import numpy as np
 import torch
+from specplus_kernels.tree_grow.rows import MAX_ROWS, WORD_BITS
 
-MAX_ROWS = 128
-WORD_BITS = 64
 TOKEN_BITS = 32
 _TOKEN_MASK = (1 << TOKEN_BITS) - 1
 

@@ -20,7 +20,7 @@ import numpy as np
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.budget import MARGIN
 from vllm_specplus.core.cost import CostModel
-from vllm_specplus.core.growth import grow
+from vllm_specplus.core.growth import NUM_CHILDREN, grow
 
 Schedule = list[tuple[int, int, int]]
 """(first batch size, last batch size, nodes), as vLLM's num_speculative_tokens_per_batch_size."""
@@ -32,7 +32,6 @@ DRAFTER_RATE = 0.6
 """Assumed, neither fitted nor taken from a paper: the first draft of a trained drafter is right."""
 MOST_REQS = 1024
 """Largest batch size looked at where the user sets none; vLLM's own defaults are not larger."""
-MOST_CHILDREN = 8
 
 
 def accepted(rate: float, num_nodes: int, max_depth: int) -> np.ndarray:
@@ -41,7 +40,7 @@ def accepted(rate: float, num_nodes: int, max_depth: int) -> np.ndarray:
     A prior, as nothing is known at start-up: the candidate of rank r is right with probability
     rate * (1 - rate) ** r, at every node.
     """
-    children = [(rank, log(rate) + rank * log(1 - rate)) for rank in range(MOST_CHILDREN)]
+    children = [(rank, log(rate) + rank * log(1 - rate)) for rank in range(NUM_CHILDREN)]
     probs = grow(lambda _: children, num_nodes, max_depth).probs
     return np.cumsum([0.0, *probs, *[0.0] * (num_nodes - len(probs))])
 

@@ -19,7 +19,8 @@ from specplus_kernels.tree_stage import tree_stage
 from specplus_kernels.verify import Rule
 
 from vllm_specplus.config import SpecPlusConfig, Verify
-from vllm_specplus.core.tree import WORD_BITS
+from vllm_specplus.core.rank_counts import RankCounts
+from vllm_specplus.core.tree import WORD_BITS, Tree
 from vllm_specplus.engine.attention import (
     GPU_BACKENDS,
     TreeRows,
@@ -50,7 +51,7 @@ from vllm_specplus.engine.drafters.windows import init_trunk
 from vllm_specplus.engine.v2_chain import ChainDrafter, with_depth
 from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 from vllm_specplus.engine.v2_verifier import TreeVerifier
-from vllm_specplus.errors import not_built
+from vllm_specplus.errors import VLLM_CHAINS, not_built
 
 _RULES: dict[Verify, Rule] = {
     "auto": "match",
@@ -82,6 +83,7 @@ class TreeModelState(DefaultModelState):
         self._commit_plans: list[KVCommitPlan | None] | None = None
         self._req_states: RequestState | None = None
         self._has_processors = False
+        self.ranks: RankCounts | None = None  # counted when asked for
 
     # Start-up and requests.
 
@@ -115,7 +117,7 @@ class TreeModelState(DefaultModelState):
                 "attention_backend",
                 layer.attn_backend.get_name(),
                 "is not one that trees were built for",
-                f"use {', '.join(GPU_BACKENDS)}, or speculative_tree='chain'",
+                f"use {', '.join(GPU_BACKENDS)}, or {VLLM_CHAINS}",
             )
         return layer
 
@@ -248,6 +250,18 @@ class TreeModelState(DefaultModelState):
             source_slots = slots[(roots[:, None] + path).where(moved, 0)]
             target_slots = slots[(roots[:, None] + target).where(moved, 0)]
             plan(source_slots.where(moved, -1), target_slots.where(moved, -1))
+        if self.ranks is not None and input_batch.num_draft_tokens:
+            self._count_ranks(self.ranks, input_batch)
+
+    def _count_ranks(self, ranks: RankCounts, input_batch: InputBatch) -> None:
+        """Counts the trees of a step, also those without nodes: their rows have run."""
+        assert self._req_states is not None
+        drafts = self._req_states.draft_tokens[input_batch.idx_mapping].tolist()
+        each = zip(drafts, self.path.tolist(), input_batch.num_draft_tokens_per_req, strict=True)
+        for codes, path, num_rows in each:
+            tree = Tree.decode([code for code in codes[:num_rows] if code >= 0])
+            ranks.observe(tree, [row for row in path if row > 0])
+            ranks.by_row[0] += num_rows > 0 and not len(tree)
 
 
 def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any) -> TreeModelState:
@@ -261,7 +275,7 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
             "model",
             vllm_config.model_config.model,
             f"keeps its state in {cls.__name__}, which trees were not built for",
-            "use speculative_tree='chain'",
+            f"use {VLLM_CHAINS}",
         )
     return TreeModelState(vllm_config, model, *args)
 

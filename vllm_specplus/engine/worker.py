@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from vllm_specplus.core.rank_counts import RankCounts
 from vllm_specplus.engine.compat import scoped
 from vllm_specplus.engine.compat_cpu import CPUWorker, cpu_worker
 from vllm_specplus.engine.metrics import CountingWorker
@@ -27,7 +28,11 @@ class SpecPlusCPUWorker(CountingWorker, CPUWorker):
         self.count_rounds(runner.round.stats, fallback, (runner, "propose_draft_token_ids"))
         return times
 
+    def specplus_count_ranks(self) -> None:
+        """Has `specplus_measured` tell which ranks are accepted from now on."""
+        self.model_runner.round.ranks = RankCounts()
+
     def specplus_measured(self) -> dict[str, Any]:
-        """Which ranks were accepted so far, and what steps cost; through `collective_rpc`."""
+        """Which ranks were accepted, and what steps cost; through `collective_rpc`."""
         runner = self.model_runner
         return asdict(runner.round.ranks) | {"step_ms": [*runner.measure_step_costs().items()]}

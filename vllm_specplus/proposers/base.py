@@ -59,7 +59,8 @@ class Proposer(ABC):
         """Candidates per request, best first, within its bounds; empty where nothing is known.
 
         Must be fast enough to be called every step, and must depend on the arguments and on what
-        was observed only, so that every worker proposes alike.
+        was observed and measured only. Workers of a tensor parallel group may propose differently,
+        as each has a clock of its own: what the first one proposes is sent to all and verified.
         """
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:

@@ -10,6 +10,9 @@ from vllm_specplus.core.cost import CostModel
 MAX_TIMED_ROWS = 16
 """Levels with more committed rows a request catch up with a prompt or with undrafted text; what
 that takes says nothing of the next level."""
+MAX_MISSED_ROWS = 4096
+"""Committed rows of a request that a closed level may miss: their hidden states are kept for it.
+Then it is run, which takes a pass over so many rows once in as many tokens."""
 _START, _SMOOTHING, _TRIED_SMOOTHING = 0.7, 0.1, 0.3
 _TRIALS = 0.01
 """The part of the time that closed levels are tried again for."""
@@ -49,7 +52,7 @@ class LevelGate:
 
     cost: milliseconds of a level by its rows; levels are free until the engine has measured it. A
     closed level is tried again once it has saved `_TRIALS` of the time that it takes, rows that it
-    has missed included, so trials cost no more than that.
+    has missed included, so trials cost no more than that, or once it has missed too many rows.
     """
 
     def __init__(self, num_levels: int) -> None:
@@ -61,6 +64,8 @@ class LevelGate:
     def opens(self, level: int, prospects: Sequence[Prospect]) -> bool:
         worth = sum(prospect.worth_ms(self._shares[level]) for prospect in prospects)
         self._tried = False
+        if any(prospect.num_known > MAX_MISSED_ROWS for prospect in prospects):
+            return True
         if worth >= _MARGIN * self._ms(prospects, _CATCH_UP_STEPS):
             return True
         self._saved_ms[level] += _TRIALS * sum(prospect.token_ms for prospect in prospects)

@@ -122,7 +122,7 @@ class LookaheadProposer(Proposer):
         rows = {path: row for row, path in enumerate(paths)}
         there = takewhile(rows.__contains__, state.columns)
         tokens = [row_tokens[rows[path]] for path in there]
-        if tokens:
+        if tokens:  # else it stays: moved on with undrafted text it brought no more, no less
             for ngram in state.window.advance(tokens, len(emitted)):
                 state.pool.add(ngram, given=False)
         state.columns = []

@@ -23,7 +23,7 @@ from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import SourceCells, Sources
 
 NUM_CHILDREN = 10
-"""Candidates after a node, as many as the published trees take."""
+"""Candidates after a node, as many as the published trees take; wider static ones get more."""
 
 
 class MedusaModel(Protocol):
@@ -63,6 +63,7 @@ class MedusaProposer(Proposer):
         self._ngrams = NgramProposer(config) if ngrams else None
         self._cells = SourceCells()
         self._requests: dict[str, _Request] = {}
+        self._num = max(NUM_CHILDREN, *(1 + path[-1] for path in self._paths or [(0,)]))
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         state = self._requests.setdefault(req_id, _Request())
@@ -74,7 +75,7 @@ class MedusaProposer(Proposer):
         states = [self._requests[request.req_id] for request in requests]
         num_heads = min(self.num_heads, self.config.num_speculative_tokens)
         hidden = torch.stack([state.hidden for state in states])
-        found = self.model.best(hidden, num_heads, NUM_CHILDREN)
+        found = self.model.best(hidden, num_heads, self._num)
         each = zip(requests, states, *(best.tolist() for best in found), strict=True)
         return [self._grow(*row) for row in each]
 

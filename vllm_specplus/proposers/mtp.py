@@ -32,7 +32,7 @@ import torch
 
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.cost import CostModel, fastest
-from vllm_specplus.core.growth import Candidates, Path, grow
+from vllm_specplus.core.growth import MAX_FRONTIER, NUM_CHILDREN, Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import Expectations
 from vllm_specplus.proposers.level_gate import LevelGate, Prospect
@@ -43,11 +43,6 @@ from vllm_specplus.proposers.sources import SourceCells, Sources
 
 MODELS = ("draft", "eagle", "eagle3", "mtp", "mtp3")
 """The methods that draft level by level."""
-NUM_CHILDREN = 8
-"""Candidates after a node."""
-MAX_FRONTIER = 8
-"""Nodes of a level that are continued."""
-
 
 @dataclass(slots=True)
 class _Request:

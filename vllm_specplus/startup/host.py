@@ -17,7 +17,7 @@ from typing import Any, get_args
 from packaging.version import Version
 
 from vllm_specplus.core.mtp_models import MTPModel, find_mtp_model
-from vllm_specplus.errors import NotBuiltError, not_built
+from vllm_specplus.errors import VLLM_CHAINS, NotBuiltError, not_built
 from vllm_specplus.proposers.registry import PROPOSERS
 
 SUPPORTED = ">=0.32,<0.34"
@@ -101,6 +101,7 @@ V2_HOST_METHODS: dict[str, str] = {
     "DraftModelSpeculator.set_attn": "model_state kv_cache_config block_tables "
     "target_input_buffers target_attn_groups",
     "DraftModelSpeculator.compute_draft_logits": "hidden_states spec_step_idx",
+    "DraftModelSpeculator.sample_draft": "hidden_states",
     "EagleSpeculator._run_model": "num_tokens attn_metadata slot_mappings num_tokens_across_dp",
     "StandaloneARSpeculator._run_model": "input_ids positions attn_metadata slot_mappings "
     "num_tokens_across_dp",
@@ -235,7 +236,7 @@ def check_version(version: str | None) -> None:
             "vLLM version",
             version,
             f"is not one that speculative_tree was built for ({SUPPORTED})",
-            f"install vllm{SUPPORTED} or use speculative_tree='chain'",
+            f"install vllm{SUPPORTED} or use {VLLM_CHAINS}",
         )
 
 
@@ -307,7 +308,7 @@ def tree_engine() -> Engine:
             "speculative_tree",
             "static/dynamic",
             f"is built for NVIDIA GPUs and CPUs, and this is {current_platform.device_type}",
-            "use speculative_tree='chain' (the default)",
+            f"use {VLLM_CHAINS}",
         )
     engine = wanted_engine()
     if engine is not CPU_ENGINE and not importlib.import_module("vllm.triton_utils").HAS_TRITON:
@@ -315,12 +316,12 @@ def tree_engine() -> Engine:
             "VLLM_USE_V2_MODEL_RUNNER",
             1,
             "selects a model runner that needs Triton, which vLLM does not use here",
-            "unset it or use speculative_tree='chain'",
+            f"unset it or use {VLLM_CHAINS}",
         )
     missing = [hook for hook in check_hooks(engine) if hook.missing]
     if missing:
         raise NotBuiltError(
             f"{missing[0].name} was not found as wanted in vLLM {vllm_version()} "
-            f"({missing[0].missing}); install vllm{SUPPORTED}, or use speculative_tree='chain'."
+            f"({missing[0].missing}); install vllm{SUPPORTED}, or use {VLLM_CHAINS}."
         )
     return engine

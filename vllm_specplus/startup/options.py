@@ -20,11 +20,12 @@ from vllm_specplus.config import (
     split_models,
 )
 from vllm_specplus.core.cost import CostModel
+from vllm_specplus.core.growth import NUM_CHILDREN
 from vllm_specplus.core.width import MOST_REQS, ladder, plan
-from vllm_specplus.errors import OptionError, bad_option, not_built
+from vllm_specplus.errors import VLLM_CHAINS, OptionError, bad_option, not_built
 from vllm_specplus.proposers.heads.hf import check_loads
 from vllm_specplus.shapes import Chain, LookaheadShape, StaticTree, parse_tree
-from vllm_specplus.startup.derived import derive, is_derived
+from vllm_specplus.startup.derived import WIDTHS, derive, is_derived
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     Engine,
@@ -66,7 +67,6 @@ LOSSY_RULES = ("typical",)
 _NATIVE_RULES = {"rejection": "standard", "block": "block"}
 _OUR_NAMES = {method.native: name for name, method in METHODS.items() if method.native}
 _OUR_KEYS = ("tree", "verify", "step_costs")
-_WIDTHS = "num_speculative_tokens_per_batch_size"
 
 
 def tree_options(additional_config: Any) -> SpecPlusConfig | None:
@@ -149,8 +149,9 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return _without_options(arguments), for_trees if translated else ()
     result = fold(arguments)
     model = str(result.get("model"))
-    config, others = read(derive(_with_depth(result["speculative_config"], model)))
-    if _is_native(config, model):
+    keys = _with_depth(result["speculative_config"], model)
+    config, others = read(derive(keys, model, result.get("max_num_seqs")))
+    if is_native(config, model):
         native = native_config(config, config.methods[0], others.get("revision"))
         result["speculative_config"] = native | others
         heads = isinstance(config.methods[0].model, str) and METHODS[config.method].heads
@@ -164,6 +165,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
         return result, needs
     engine = tree_engine()
     _check_built(config, engine, model)
+    _check_ranks(config)
     if takes_own_modules(config):
         modules_worker(config, model)
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
@@ -201,7 +203,7 @@ def _with_depth(keys: dict[str, Any], model: str) -> dict[str, Any]:
     return keys | {"num_speculative_tokens": num_mtp_modules(model)}
 
 
-def _is_native(config: SpecPlusConfig, model: str) -> bool:
+def is_native(config: SpecPlusConfig, model: str) -> bool:
     """Whether vLLM itself runs what is asked for: a chain, but of heads and of several modules only
     on the V2 runner."""
     if not isinstance(config.tree, Chain) or len(config.methods) > 1:
@@ -237,14 +239,14 @@ def _widths(
     """
     if engine is CPU_ENGINE:
         return {}
-    given = {_WIDTHS: others.pop(_WIDTHS)} if _WIDTHS in others else {}
+    given = {WIDTHS: others.pop(WIDTHS)} if WIDTHS in others else {}
     if config.step_costs is None:
         return given
     if given:
-        raise bad_option(_WIDTHS, given[_WIDTHS], "says what step_costs says", "give one of them")
+        raise bad_option(WIDTHS, given[WIDTHS], "says what step_costs says", "give one of them")
     most = max_num_reqs or MOST_REQS
     widths = ladder(config.num_nodes, most)
-    return {_WIDTHS: plan(config, CostModel(config.step_costs), widths, most)}
+    return {WIDTHS: plan(config, CostModel(config.step_costs), widths, most)}
 
 
 def _set(arguments: dict[str, Any], name: str, value: Any, unset: Any) -> None:
@@ -354,11 +356,27 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
         )
 
 
+def _check_ranks(config: SpecPlusConfig) -> None:
+    """Raises OptionError for nodes of a static tree that are never drafted."""
+    names = [spec.name for spec in config.methods]
+    by_level = all(METHODS[name].model != "none" and name != "medusa" for name in names)
+    if not by_level or not isinstance(config.tree, StaticTree):
+        return
+    if (rank := max(path[-1] for path in config.tree.paths)) >= NUM_CHILDREN:
+        raise bad_option(
+            "speculative_tree",
+            str(config.tree),
+            f"has a node of rank {rank}, and {config.speculative_model} drafts {NUM_CHILDREN} "
+            f"tokens after a node, ranks 0 to {NUM_CHILDREN - 1}",
+            "leave such nodes out",
+        )
+
+
 def _check_alone(others: Mapping[str, Any]) -> None:
     for key, value in others.items():
         raise bad_option(
             f"speculative_config[{key!r}]",
             value,
             "has no meaning for a token tree",
-            "leave it out, or use speculative_tree='chain'",
+            f"leave it out, or use {VLLM_CHAINS}",
         )

@@ -13,7 +13,10 @@ from typing import Any
 
 from specplus_kernels.ngram_match import MAX_N
 
+from vllm_specplus.errors import VLLM_CHAINS
 from vllm_specplus.proposers.heads.hf import HeadsModelConfig
+from vllm_specplus.shapes import Chain
+from vllm_specplus.startup.options import is_native, tree_options
 
 SAVES_AFTER_THE_STEP = frozenset(
     {
@@ -47,7 +50,7 @@ def tree_refusals(vllm_config: Any) -> list[str]:
         _engine_refusals,
         _modules_refusals,
     )
-    what, instead = "speculative_tree", "speculative_tree='chain'"
+    what, instead = "speculative_tree", _without_trees(vllm_config)
     if num_modules := _num_modules_on_v1(vllm_config):
         what = "several MTP modules on vLLM's V1 runner"
         instead = (
@@ -59,6 +62,14 @@ def tree_refusals(vllm_config: Any) -> list[str]:
         for rule in rules
         for field, value, reason, way_out in rule(vllm_config)
     ]
+
+
+def _without_trees(vllm_config: Any) -> str:
+    """The chain of the same method if vLLM has one, else of one that it has."""
+    options, model = tree_options(vllm_config.additional_config), vllm_config.model_config.model
+    if options and not is_native(options.model_copy(update={"tree": Chain()}), model):
+        return VLLM_CHAINS
+    return "speculative_tree='chain'"
 
 
 def _num_modules_on_v1(vllm_config: Any) -> int:
@@ -194,19 +205,10 @@ def v2_refusals(vllm_config: Any) -> Iterator[Finding]:
         yield "model", model.model, reason, "use another model"
     if (window := model.rswa_window) is not None:
         yield "rswa_window", window, "trees read one window per layer", "use another model"
-    speculative = vllm_config.speculative_config
-    if speculative.enable_adaptive_verification:
-        reason = "it cuts drafts as if they were chains"
-        yield "enable_adaptive_verification", True, reason, "drop it"
-    if speculative.rejection_sample_method != "standard":
-        method = speculative.rejection_sample_method
-        yield "rejection_sample_method", method, "trees have rules of their own", "drop it"
-    parallel = vllm_config.parallel_config
-    if parallel.use_ubatching:
+    if vllm_config.speculative_config is not None:  # `vllm-specplus check --model` has none
+        yield from _v2_draft_refusals(vllm_config.speculative_config, vllm_config.parallel_config)
+    if vllm_config.parallel_config.use_ubatching:
         yield "enable_dbo", True, "trees are staged for whole batches", "drop it"
-    if parallel.data_parallel_size > 1 and not speculative.use_ngram():
-        size, reason = parallel.data_parallel_size, "a drafter's batch is not that of the trees"
-        yield "data_parallel_size", size, reason, "set it to 1, draft with [ngram]"
     if vllm_config.lora_config is not None:
         yield "enable_lora", True, "trees were not tested with adapters in the V2 runner", "drop it"
     if model.return_sampling_mask:
@@ -223,3 +225,15 @@ def v2_refusals(vllm_config: Any) -> Iterator[Finding]:
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         reason = "a tree is verified as a whole"
         yield "enable_batch_sharded_sampling", True, reason, "drop it"
+
+
+def _v2_draft_refusals(speculative: Any, parallel: Any) -> Iterator[Finding]:
+    if speculative.enable_adaptive_verification:
+        reason = "it cuts drafts as if they were chains"
+        yield "enable_adaptive_verification", True, reason, "drop it"
+    if speculative.rejection_sample_method != "standard":
+        method = speculative.rejection_sample_method
+        yield "rejection_sample_method", method, "trees have rules of their own", "drop it"
+    if parallel.data_parallel_size > 1 and not speculative.use_ngram():
+        size, reason = parallel.data_parallel_size, "a drafter's batch is not that of the trees"
+        yield "data_parallel_size", size, reason, "set it to 1, draft with [ngram]"

@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 
 from vllm_specplus.config import parse_methods
+from vllm_specplus.core.budget import MARGIN
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.optimal import OptimalTrees
 from vllm_specplus.core.rank_counts import RankCounts
-from vllm_specplus.core.width import schedule
-from vllm_specplus.errors import bad_option, not_built
+from vllm_specplus.errors import bad_option
 from vllm_specplus.shapes import DynamicTree, StaticTree
 from vllm_specplus.startup.derived import Recommended, Tuned
-from vllm_specplus.startup.host import CPU_ENGINE, tree_engine
+from vllm_specplus.startup.host import tree_engine
 
 BATCH_SIZES = (1, 4, 16, 64)
 _FREE_ROWS = "1:1000"
 """Step costs under which every node pays."""
+_ALONE = 4
+"""Prompts that are decoded one by one, to see what drafting takes then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +53,33 @@ def tune(options: TuneOptions, prompts: Sequence[str]) -> Tuned:
             "weighs the rows of its window by itself",
             "leave speculative_tree out",
         )
-    if tree_engine() is not CPU_ENGINE:
-        raise not_built(
-            "VLLM_USE_V2_MODEL_RUNNER", 1, "has no tune yet, only V1 on CPUs has", "tune there"
-        )
-    stats, measured = _measure(options, prompts)
-    ranks = RankCounts(measured["by_rank"], measured["by_row"])
-    if not ranks.by_row[0]:
+    engine = tree_engine()
+    measured = _measure(options, prompts)
+    if not measured.ranks.by_row[0]:
         raise bad_option("prompts", len(prompts), "gave no drafts at all", "give more or others")
-    return recommend(
-        options,
-        ranks,
-        step_costs={int(rows): float(ms) for rows, ms in measured["step_ms"]},
-        spec_ms=1e3 * stats["draft_seconds"] / stats["num_rounds"],
-        drafted=stats["num_drafts"] / stats["num_rounds"],
-    )
+    return recommend(options, measured, engine.name)
 
 
-def _measure(options: TuneOptions, prompts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Decodes the prompts; the counters of the rounds, and what the worker measured."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """ranks: of batches. drafted: the share of their rounds that had drafts. step_costs: rows ->
+    ms. spec_ms: what drafting takes in a step of one request, and for each one of a batch.
+    """
+
+    ranks: RankCounts
+    drafted: float
+    step_costs: dict[int, float]
+    spec_ms: tuple[float, float]
+
+    def spec_ms_of(self, batch_size: int) -> float:
+        """What drafting takes in a step: as for one request, or more if the requests' own work
+        adds up to more."""
+        alone, each = self.spec_ms
+        return max(alone, batch_size * each)
+
+
+def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
+    """Decodes the prompts in batches, then some one by one."""
     from vllm import LLM, SamplingParams
 
     tree = {
@@ -83,60 +93,71 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> tuple[dict[str, An
     params = SamplingParams(
         temperature=options.temperature, max_tokens=options.new_tokens, detokenize=False
     )
+
+    def stats() -> tuple[float, ...]:
+        counted = llm.collective_rpc("specplus_stats")[0]
+        return 1e3 * counted["draft_seconds"], counted["num_rounds"], counted["num_drafts"]
+
+    llm.collective_rpc("specplus_count_ranks")
     llm.generate(list(prompts), params, use_tqdm=False)
-    (stats, *_), (measured, *_) = map(llm.collective_rpc, ("specplus_stats", "specplus_measured"))
+    draft_ms, rounds, drafts = stats()
+    found = llm.collective_rpc("specplus_measured")[0]
+    for prompt in prompts[:_ALONE]:
+        llm.generate([prompt], params, use_tqdm=False)
+    all_draft_ms, all_rounds, _ = stats()
     llm.llm_engine.engine_core.shutdown()
-    return stats, measured
+    return Measured(
+        RankCounts(found["by_rank"], found["by_row"]),
+        drafts / rounds,
+        {int(rows): float(ms) for rows, ms in found["step_ms"]},
+        ((all_draft_ms - draft_ms) / (all_rounds - rounds), draft_ms / rounds),
+    )
 
 
-def recommend(
-    options: TuneOptions,
-    ranks: RankCounts,
-    step_costs: dict[int, float],
-    spec_ms: float,
-    drafted: float,
-) -> Tuned:
+def recommend(options: TuneOptions, measured: Measured, engine: str) -> Tuned:
     """The best tree for each batch size, from what was measured."""
     depth, num_nodes = options.num_speculative_tokens, options.num_nodes
-    rates, dynamic = ranks.rates(depth), ranks.accepted(num_nodes)
+    rates, dynamic = measured.ranks.rates(depth), measured.ranks.accepted(num_nodes)
     optimal = OptimalTrees(rates, num_nodes)
-    cost = CostModel(step_costs, spec_ms)
     recommended: dict[int, Recommended] = {}
-    for curve, is_static in ((dynamic, False), (optimal.expected.tolist(), True)):
-        plan = schedule(cost, curve, range(num_nodes + 1), max(BATCH_SIZES))
-        for batch_size in BATCH_SIZES:
-            nodes = next(width for first, last, width in plan if first <= batch_size <= last)
-            tree = StaticTree(tuple(optimal.paths(nodes))) if nodes and is_static else None
-            text = str(tree or DynamicTree(nodes)) if nodes else None
-            speedup = _speedup(cost, batch_size, nodes, curve[nodes], drafted)
-            found = Recommended(
-                speculative_tree=text,
-                num_nodes=nodes,
-                num_accepted=curve[nodes],
-                speedup=speedup,
-            )
-            best = recommended.setdefault(batch_size, found)
-            if found.speedup > best.speedup:
-                recommended[batch_size] = found
+    for batch_size in BATCH_SIZES:
+        of_static = _speedups(measured, batch_size, optimal.expected)
+        of_dynamic = _speedups(measured, batch_size, np.asarray(dynamic))
+        is_static = of_static.max() > of_dynamic.max()
+        speedups = of_static if is_static else of_dynamic
+        nodes = int(speedups.argmax()) if speedups.max() > 1 + MARGIN else 0
+        tree: StaticTree | DynamicTree | None = None
+        if nodes:
+            paths = tuple(optimal.paths(nodes))
+            tree = StaticTree(paths) if is_static else DynamicTree(nodes)
+            nodes = len(paths) if is_static else nodes
+        recommended[batch_size] = Recommended(
+            speculative_tree=None if tree is None else str(tree),
+            num_nodes=nodes,
+            num_accepted=float(optimal.expected[nodes]) if is_static else dynamic[nodes],
+            speedup=float(speedups[nodes]),
+        )
     return Tuned(
+        engine=engine,
         model=options.model,
         speculative_model=options.speculative_model,
         num_speculative_tokens=depth,
         temperature=options.temperature,
         rates=rates,
         accepted=dynamic,
-        drafted=drafted,
-        step_costs=step_costs,
-        spec_ms=spec_ms,
+        drafted=measured.drafted,
+        step_costs=measured.step_costs,
+        spec_ms={size: measured.spec_ms_of(size) for size in BATCH_SIZES},
         recommended=recommended,
     )
 
 
-def _speedup(
-    cost: CostModel, batch_size: int, num_nodes: int, num_accepted: float, drafted: float
-) -> float:
-    """Tokens per time against plain decoding, where a share of the rounds has drafts."""
-    plain, wide = cost.step_ms(np.array([batch_size, batch_size * (1 + num_nodes)]))
-    drafting = drafted if num_nodes else 0.0
-    ms = (1 - drafting) * plain + drafting * (wide + cost.spec_ms)
-    return float((1 + drafting * num_accepted) * plain / ms)
+def _speedups(measured: Measured, batch_size: int, accepted: np.ndarray) -> np.ndarray:
+    """Tokens per time against plain decoding with trees of 0, 1, 2, ... nodes: [num_nodes + 1].
+
+    All rounds look for drafts, and a share of them has some. accepted: tokens, by nodes.
+    """
+    nodes, cost = np.arange(len(accepted)), CostModel(measured.step_costs)
+    plain, wide = cost.step_ms(batch_size), cost.step_ms(batch_size * (1 + nodes))
+    ms = plain + measured.drafted * (wide - plain) + measured.spec_ms_of(batch_size) * (nodes > 0)
+    return (1 + measured.drafted * accepted) * plain / ms

@@ -8,6 +8,7 @@ import torch
 
 WORD_BITS = 64
 MAX_ROWS = 128
+"""Of a tree, root included: what ancestor masks and kernels are built for."""
 
 
 class TreeRows(NamedTuple):
