@@ -4,6 +4,7 @@ Each op is a folder with one public name (`tree_grow` has two); `dispatch` says 
 runs. Nothing here imports Triton before a Triton kernel runs.
 """
 
+from specplus_kernels.int8_linear import Int8Weight, int8_linear
 from specplus_kernels.kv_commit import KVCommitPlan, kv_commit
 from specplus_kernels.ngram_match import ngram_match
 from specplus_kernels.rejection import rejection
@@ -19,9 +20,11 @@ from specplus_kernels.tree_verify import tree_verify
 from specplus_kernels.verify import Verified, verify
 
 __all__ = [
+    "Int8Weight",
     "KVCommitPlan",
     "Verified",
     "expand",
+    "int8_linear",
     "kv_commit",
     "ngram_match",
     "rejection",

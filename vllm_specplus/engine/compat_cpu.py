@@ -6,6 +6,7 @@ Apart from compat.py so that an engine on a GPU loads none of it.
 from __future__ import annotations
 
 import torch
+from vllm._custom_ops import rms_norm
 from vllm.config import replace
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase

@@ -44,6 +44,7 @@ from vllm_specplus.proposers.sources import SourceCells, Sources
 MODELS = ("draft", "eagle", "eagle3", "mtp", "mtp3")
 """The methods that draft level by level."""
 
+
 @dataclass(slots=True)
 class _Request:
     """What is remembered of one request from step to step.

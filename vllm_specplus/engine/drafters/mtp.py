@@ -6,25 +6,24 @@ tensor parallel group: drafting needs no communication between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from vllm_specplus.engine.compat import (
-    Attention,
-    VllmConfig,
-    VocabParallelEmbedding,
-)
-from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm
+from vllm_specplus.engine.compat import Attention, VllmConfig
 from vllm_specplus.engine.drafters.heads import language_model, warn_of_another_target
 from vllm_specplus.engine.drafters.models_v1 import (
     PagedDraftModel,
     PagedModel,
     PagedModules,
     paged_eagle,
+)
+from vllm_specplus.engine.drafters.packed import (
+    drafting_dtype,
+    gathered_rows,
+    pack,
+    packed_linear,
 )
 from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
@@ -65,9 +64,10 @@ class PagedHeads(PagedLayers):
         self.hidden_state_from: HiddenStates = config.hidden_state_from
         self._embed_scale = config.embed_scale
         self._draft_vocab = checkpoint.draft_vocab
+        self._dtype, self._attention_dtype = drafting_dtype(model.dtype), model.dtype
         heads = MTPHeads.from_checkpoint(checkpoint).to(model.dtype)
         self._modules = [heads.at(depth) for depth in range(num_levels)]
-        pack_linear_layers(heads)
+        pack(heads)
         first = model.get_total_num_hidden_layers()
         layers = [
             Attention(
@@ -90,7 +90,7 @@ class PagedHeads(PagedLayers):
         self._embedding = gathered_rows(embedding, torch.arange(vocab_size), copy=False)
         if self._draft_vocab is None:
             self._draft_vocab = torch.arange(vocab_size)
-        self._head = PackedLinear(gathered_rows(head, self._draft_vocab, copy=True))
+        self._head = packed_linear(gathered_rows(head, self._draft_vocab, copy=True))
 
     def _run(
         self, level: int, tokens: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -98,11 +98,14 @@ class PagedHeads(PagedLayers):
         layer = self.layers[level]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            attended: torch.Tensor = layer(q.flatten(1), k.flatten(1), v.flatten(1))
-            return attended.view_as(q)
+            attended: torch.Tensor = layer(
+                *(x.flatten(1).to(self._attention_dtype) for x in (q, k, v))
+            )
+            return attended.to(self._dtype).view_as(q)
 
-        embedded = functional.embedding(tokens, self._embedding) * self._embed_scale
-        out = self._modules[level](hidden_states, embedded, positions, attend)
+        embedded = functional.embedding(tokens, self._embedding).to(self._dtype) * self._embed_scale
+        above = hidden_states.to(self._dtype)
+        out = self._modules[level](above, embedded, positions, attend)
         return out, out
 
     def best_tokens(
@@ -110,33 +113,3 @@ class PagedHeads(PagedLayers):
     ) -> list[dict[int, float]]:
         """See `DraftModel`."""
         return likeliest(self._head(hidden_states), num, self._draft_vocab)
-
-
-class PackedLinear(nn.Module):
-    """x @ weight.T + bias, with the weight in the layout that vLLM's own linear layers have."""
-
-    cpu_linear: Callable[..., torch.Tensor]
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
-        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_rows, in_features]."""
-        return self.cpu_linear(x, self.weight, self.bias)
-
-
-def pack_linear_layers(module: nn.Module) -> None:
-    """Puts a PackedLinear in the place of every linear layer."""
-    for parent in list(module.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(parent, name, PackedLinear(layer.weight, layer.bias))
-
-
-def gathered_rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:
-    """Rows of an embedding or of a head, [num_tokens, hidden_size], gathered from all ranks."""
-    if layer.tp_size == 1 and not copy:
-        return layer.weight[: len(token_ids)]
-    return VocabParallelEmbedding.forward(layer, token_ids)

@@ -7,6 +7,7 @@ arXiv 2412.19437; one tied module at all depths: FastMTP, Cai et al. 2025, arXiv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -169,9 +170,14 @@ class MTPHeads(nn.Module):
 
 def _rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., T, 1, head_dim / 2] (Su et al. 2021, arXiv 2104.09864)."""
-    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[..., None, None] * theta**-steps
+    angles = positions.float()[..., None, None] * _frequencies(head_dim, theta, positions.device)
     return angles.cos(), angles.sin()
+
+
+@functools.cache
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    steps = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return theta**-steps
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

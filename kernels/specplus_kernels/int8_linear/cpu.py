@@ -1,0 +1,31 @@
+"""Launcher of cpu.cpp."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from specplus_kernels import cpu_library
+
+if TYPE_CHECKING:
+    from specplus_kernels.int8_linear import Int8Weight
+
+_NAME = "specplus_int8_linear"
+_kernel = cpu_library.Kernel(_NAME, "7q")
+
+
+@functools.cache
+def is_built() -> bool:
+    """Whether the library has the kernel: the CPU that it was built for has AVX512-VNNI."""
+    return hasattr(cpu_library.load(), _NAME)
+
+
+def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """As the reference."""
+    x = x.float().contiguous()
+    out = torch.empty(len(x), weight.num_out)
+    pointers = [each.data_ptr() for each in (x, weight.panels, weight.scales, out)]
+    _kernel(*pointers, len(x), weight.num_out, weight.num_in)
+    return out
