@@ -28,6 +28,7 @@ DRAFTERS = {
     "heads": ("mtp3", "llama"),
     "mtp3, 2 modules": ("mtp3", "glm2"),
     "mtp3, mimo": ("mtp3", "mimo"),
+    "mtp3, mimo v2": ("mtp3", "mimo_v2"),
 }
 """Name -> method and target. A drafter in a folder of its own has the name of its builder."""
 _STARTED: list[Engine] = []

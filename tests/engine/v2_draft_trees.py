@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch.nn import functional
 from vllm import SamplingParams
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from tests.engine.drafters import HEADS
 from tests.engine.engines import Engine, Request
@@ -35,6 +36,7 @@ from tests.engine.v2_draft_engines import (
     texts,
 )
 from vllm_specplus.core import draft_tree
+from vllm_specplus.core.growth import MAX_FRONTIER
 from vllm_specplus.engine.drafters.trees import GrowingMixin
 from vllm_specplus.engine.drafters.windows import WindowsSpeculator
 from vllm_specplus.proposers.heads.checkpoint import load_heads
@@ -75,6 +77,11 @@ class Growth:
         self._levels: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
         self.drafted: list[tuple[list[int], list[int], torch.Tensor, torch.Tensor]] = []
         """Tokens so far, a path behind them, logits behind it, hidden states of the target."""
+
+    @property
+    def kv_cache_groups(self) -> list[Any]:
+        groups: list[Any] = self._runner.kv_cache_config.kv_cache_groups
+        return groups
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -171,13 +178,45 @@ def by_heart(
     assert chain.extra_tokens > 0.9 * len(rest) * (len(rest[0]) - 1 - num_drafts)
 
 
-def dense(hidden_state_from: str, tied: bool = False) -> None:
+def dense(hidden_state_from: str, tied: bool = False, model: str = "llama") -> None:
     """What follows each path of a tree is what the dense modules say of the whole sequence."""
-    heads, wanted, rest = known_by_heart(hidden_state_from, tied, "llama")
+    heads, wanted, rest = known_by_heart(hidden_state_from, tied, model)
     options = dict(speculative_model=f"[mtp3]{heads}", speculative_tree="dynamic:12")
-    ours = engine("llama", tuple(options.items()))
+    ours = engine(model, tuple(options.items()))
     growth = Growth(ours)
+    assert len(growth.kv_cache_groups) == (2 if model == "sliding" else 1)
     with growth.watched():
         assert texts(ours, wanted[:3]) == rest[:3]
     assert {len(path) for _, path, *_ in growth.drafted} == set(range(DEPTH))
     assert growth.mismatches(heads) == 0
+
+
+@contextmanager
+def calls(ours: Engine, name: str) -> Iterator[Any]:
+    """The calls of a method of an engine's drafter."""
+    core = ours.llm.llm_engine.engine_core.engine_core
+    drafter = type(core.model_executor.driver_worker.worker.model_runner.speculator.__wrapped__)
+    method = getattr(drafter, name)
+    with mock.patch.object(drafter, name, autospec=True, side_effect=method) as called:
+        yield called.call_args_list
+
+
+def warm_up(name: str) -> None:
+    """vLLM's warm-up grows trees, and its memory profile has the logits of their widest level."""
+    ours = drafting(name, NUM_NODES, max_num_seqs=4)  # an engine that has not run yet
+    worker = ours.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    with calls(ours, "grow") as grown, mock.patch.object(torch.accelerator, "synchronize"):
+        warmup_kernels(runner, worker.execute_model, worker.sample_tokens)
+        assert {1, runner.max_num_reqs} <= {call.args[1].num_reqs for call in grown}
+        with calls(ours, "compute_draft_logits") as passes:
+            runner.profile_run()
+    assert max(len(call.args[1]) for call in passes) == MAX_FRONTIER * runner.max_num_reqs
+
+
+def one_head_pass(name: str) -> None:
+    """The drafter's head runs once for each level: not for the first tokens of vLLM's chain."""
+    ours = drafting(name, NUM_NODES)
+    with calls(ours, "grow") as grown, calls(ours, "compute_draft_logits") as passes:
+        ours.run(requests(name, 2))
+    assert 0 < len(passes) <= DEPTH * len(grown)

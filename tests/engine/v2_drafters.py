@@ -44,7 +44,7 @@ from tests.engine.v2_draft_engines import (
     texts,
 )
 from tests.engine.v2_draft_kv import as_prompts_leave_it, branches, keeping
-from tests.engine.v2_draft_trees import by_heart, chains, dense, second
+from tests.engine.v2_draft_trees import by_heart, chains, dense, one_head_pass, second, warm_up
 from vllm_specplus.core.graft import Trunk
 from vllm_specplus.core.mtp_models import MTP_MODELS, HiddenStateFrom
 from vllm_specplus.engine import v2_chain as chain
@@ -299,7 +299,7 @@ def graphs(name: str) -> None:
 
 def scenarios(name: str) -> dict[str, Callable[[], None]]:
     """vLLM tells models with experts from others by process, so they are groups of their own."""
-    group = "experts" if "glm" in DRAFTERS[name][1] else "drafter"
+    group = "experts" if DRAFTERS[name][1].startswith(("glm", "mimo_v2")) else "drafter"
     of_all = {
         "trunk": lambda: trunk(name),
         "tree": lambda: tree(name, [*requests(name), *requests(name, 1, presence_penalty=0.5)]),
@@ -315,6 +315,8 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
         "preemption": lambda: preemption(name),
         "graphs": lambda: graphs(name),
         "async": lambda: asynchronous(name),
+        "warm-up": lambda: warm_up(name),
+        "one head pass": lambda: one_head_pass(name),
     }
     runs = of_all | (of_eagle if name in ("eagle", "heads") else {})
     runs |= of_some if name in ("eagle", "mtp, 3 modules") else {}
@@ -329,6 +331,8 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
         runs["second best"] = lambda: second(name)
     if name == "mtp3, mimo":
         runs = {"trunk": of_all["trunk"]}
+    if name == "mtp3, mimo v2":  # whose modules have windows, and caches of another group
+        runs = {title: of_all[title] for title in ("trunk", "tree", "left chain")}
     return {f"{group}: {name}, {title}": run for title, run in runs.items()}
 
 
@@ -347,6 +351,9 @@ SCENARIOS = {title: run for name in DRAFTERS for title, run in scenarios(name).i
     "drafter: heads, trees of the dense modules": lambda: dense("previous"),
     "drafter: heads that take the target's states, trees of the dense modules": lambda: dense(
         "target", tied=True
+    ),
+    "drafter: heads of a sliding window, trees of the dense modules": lambda: dense(
+        "previous", model="sliding"
     ),
     "drafter: heads, by heart": lambda: by_heart("previous"),
     "drafter: heads that take the target's states, by heart": lambda: by_heart("target", tied=True),

@@ -167,6 +167,8 @@ class ChainDrafter(wrapt.ObjectProxy):
             num_speculative_tokens=1 if grows else num_speculative_tokens,
             **kwargs,
         )
+        if kwargs.get("is_profile") and hasattr(self, "profile_growth"):
+            self.__wrapped__.profile_growth()
         if width == 0:
             return ngram.nothing(input_batch)
         trunk = Trunk.chain(chain)

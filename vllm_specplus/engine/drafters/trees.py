@@ -15,6 +15,7 @@ import torch
 
 from vllm_specplus.core.draft_tree import DraftTree, below, level_width, path_masks
 from vllm_specplus.core.graft import Trunk
+from vllm_specplus.core.growth import MAX_FRONTIER
 from vllm_specplus.engine.attention import TreeRows, TreeRowsMixin
 from vllm_specplus.engine.compat import VllmConfig, async_tensor_h2d, init_logger
 from vllm_specplus.engine.compat_v2 import (
@@ -30,7 +31,7 @@ from vllm_specplus.engine.v2_speculator import NgramTreeSpeculator
 
 logger = init_logger(__name__)
 MAX_LOGITS = 1024
-"""Nodes whose logits a level has, all requests together: vLLM measured its memory without them."""
+"""Nodes whose logits a level has, all requests together, unless there are more requests."""
 
 
 class Ends(NamedTuple):
@@ -81,6 +82,25 @@ class GrowingMixin(DraftModelSpeculator):
         level, positions = kwargs.get("spec_module_idx", 0), self.input_buffers.positions
         self._keep(level, positions, last, hidden_states)
         return last, hidden_states
+
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Where trees are grown nobody reads the tokens of vLLM's chain: no logits for them."""
+        if self.grows:
+            return self.draft_tokens.new_zeros(len(hidden_states))
+        return super().sample_draft(hidden_states, *args, **kwargs)
+
+    def profile_growth(self) -> None:
+        """The logits of the widest level, for vLLM to see what memory they take; and the kernels of
+        levels at batch sizes that its warm-up leaves out, which are compiled by powers of two."""
+        most = self.max_num_reqs
+        num_rows = max(min(MAX_LOGITS, MAX_FRONTIER * most), most)
+        states = self._last_states.new_zeros(num_rows, self._last_states.shape[1])
+        logits = self.compute_draft_logits(states, 0)
+        for num_reqs in (1 << i for i in range(most.bit_length())):
+            chain_only = torch.zeros(num_reqs, dtype=torch.bool, device=self.device)
+            tree, width = DraftTree(2, chain_only, None), min(MAX_FRONTIER, num_rows // num_reqs)
+            tree.branch(logits[:num_reqs], width)
+            tree.branch(logits[: num_reqs * width], 1)
 
     def _keep(self, level: int, positions: torch.Tensor, *states: torch.Tensor) -> None:
         last, hidden_states = states
