@@ -19,7 +19,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from vllm import LLM, RequestOutput
+from vllm import LLM, RequestOutput, envs
+from vllm.v1.engine.core_client import InprocClient
 
 from tests.engine import v2, v2_drafters
 from tests.engine.drafters import drafter_path
@@ -96,8 +97,10 @@ def features(environment: dict[str, str], **options: Any) -> None:
     plain = v2.plain_run("llama", wanted)
     settings = DEFAULTS | v2.TREE | dict(max_num_seqs=8, disable_log_stats=False) | options
     with mock.patch.dict(os.environ, environment):
+        envs.disable_envs_cache()  # which the engine for the plain text has filled
         llm = LLM(str(model_path("llama")), **settings)
         _STARTED.append(llm)
+        assert isinstance(llm.llm_engine.engine_core, InprocClient) == (environment != CORE)
         assert_equal(run(llm, wanted, truth()), plain)
         assert check(gather(llm), aborts=True).fallbacks["penalties"] == 1
 
@@ -133,6 +136,7 @@ def tuned() -> None:
     engine = DEFAULTS | dict(max_num_seqs=2)
     settings = TuneOptions(str(model_path("llama")), "[ngram]", 4, 8, 64, 0.0, engine)
     with mock.patch.dict(os.environ, CORE):
+        envs.disable_envs_cache()
         found = tune(settings, texts)
     assert found.engine == "cpu-v2" and set(found.step_costs) == {1, 2, 9, 18}
     deep = [sum(of_depth) for of_depth in found.rates]
