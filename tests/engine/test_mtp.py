@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from specplus_kernels import int8_linear
 from torch.nn import functional
 
 from tests.engine.engines import Request, get_engine, reference
@@ -21,7 +22,9 @@ from tests.train.tiny import PROMPT_LEN
 from vllm_specplus.engine.drafters import paged
 from vllm_specplus.errors import OptionError
 from vllm_specplus.proposers import levels, mtp
+from vllm_specplus.proposers.heads import int8
 from vllm_specplus.proposers.heads.checkpoint import load_heads
+from vllm_specplus.proposers.heads.int8 import drafting_dtype
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.mtp import NUM_CHILDREN
 
@@ -207,3 +210,31 @@ def test_fitted_heads_are_accepted(sabotage, hidden_state_from, monkeypatch):
         assert min(rates) > 0.9, rates
     else:
         assert min(rates) < 0.75, rates
+
+
+def other_outputs(monkeypatch):
+    """The outputs of matrices in int8 are those of the rows beside."""
+    monkeypatch.setattr(int8, "int8_linear", lambda x, weight: int8_linear(x, weight).roll(1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", [None, other_outputs])
+def test_fitted_heads_in_16_bits(sabotage, monkeypatch):
+    """Their matrices are int8 where the CPU has a kernel for it. In bfloat16 the target writes
+    other texts than in float32, where the heads learned them: those that are the same count."""
+    if sabotage is not None:
+        if drafting_dtype(torch.bfloat16) is torch.bfloat16:
+            pytest.skip("no matrix is int8 on a CPU without AVX512-VNNI")
+        sabotage(monkeypatch)
+    heads, texts = fitted("llama", hidden_state_from="previous", tied=False)
+    drafting = engine(tree="chain", heads=heads, dtype="bfloat16")
+    stats, rates = drafting.spec_round.stats, []
+    for text in texts:
+        drafts, accepted = stats.num_drafts, list(stats.num_accepted_tokens_per_pos)
+        [output] = drafting.run([Request(text[:PROMPT_LEN], params("greedy", max_tokens=34))])
+        if list(output.outputs[0].token_ids) == text[PROMPT_LEN:]:
+            per_pos, drafts = stats.num_accepted_tokens_per_pos, stats.num_drafts - drafts
+            rates.append([(per_pos[i] - accepted[i]) / drafts for i in range(3)])
+    assert len(rates) > 1
+    lowest = min(sum(depth) / len(rates) for depth in zip(*rates, strict=True))
+    assert lowest > 0.9 if sabotage is None else lowest < 0.5

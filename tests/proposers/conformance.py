@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from tests.proposers.levels_model import FunctionModel
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path
 from vllm_specplus.proposers.base import DraftRequest, Proposer
+from vllm_specplus.proposers.heads.medusa import MedusaHeads
+from vllm_specplus.proposers.heads.medusa_checkpoint import MedusaConfig
 from vllm_specplus.proposers.levels import HiddenStates
+from vllm_specplus.proposers.medusa import MedusaProposer
 from vllm_specplus.proposers.merged import MergedProposer, by_levels
 from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.registry import PROPOSERS, create
 
 Target = Callable[[Sequence[int]], int]
 """The token that follows a sequence."""
-WITHOUT_MODEL = sorted(
-    name for name in PROPOSERS if all(METHODS[n].model == "none" for n in name.split("+"))
-)
 BY_LEVELS = sorted(name for name, cls in PROPOSERS.items() if cls in (MtpProposer, MergedProposer))
+AT_ONCE = sorted(PROPOSERS.keys() - set(BY_LEVELS))
 PROMPT = [7, 3, 7, 1, 3, 7]
 
 
@@ -33,14 +36,26 @@ def mixing(tokens: Sequence[int]) -> int:
 
 def make(method: str, **options: object) -> Proposer:
     shape = {} if "lookahead" in method else {"num_speculative_tokens": 4, "tree": "dynamic:12"}
-    path = "x" if method in BY_LEVELS else ""
+    path = "x" if any(METHODS[name].model != "none" for name in method.split("+")) else ""
     text = "[draft]x+[draft]y" if method == "draft+draft" else f"[{method}]{path}"
     config = SpecPlusConfig.from_options({"speculative_model": text} | shape | options)
     proposer = create(config)
     for part in by_levels(proposer):
         reads: HiddenStates = None if part.drafter.name == "draft" else "previous"
         part.model = FunctionModel(mixing, config.num_speculative_tokens, reads)
+    if isinstance(proposer, MedusaProposer):
+        proposer.model, proposer.num_heads = random_medusa(), 3
     return proposer
+
+
+def random_medusa() -> MedusaHeads:
+    """Three heads over 16 tokens; a hidden state is a token."""
+    about = MedusaConfig(num_heads=3, num_layers=1, hidden_size=1, vocab_size=16, has_bias=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = MedusaHeads(about).requires_grad_(False)
+        heads.shared = partial(functional.linear, weight=torch.randn(16, 1))
+    return heads
 
 
 @dataclass

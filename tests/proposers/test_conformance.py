@@ -10,9 +10,9 @@ from __future__ import annotations
 import pytest
 
 from tests.proposers.conformance import (
+    AT_ONCE,
     BY_LEVELS,
     PROMPT,
-    WITHOUT_MODEL,
     Decoding,
     Target,
     check_proposer,
@@ -24,7 +24,7 @@ from tests.proposers.levels_model import FunctionModel
 from vllm_specplus.proposers.merged import by_levels
 
 
-@pytest.mark.parametrize("method", WITHOUT_MODEL)
+@pytest.mark.parametrize("method", AT_ONCE)
 def test_conformance(method: str) -> None:
     check_proposer(lambda: make(method))
 
@@ -60,3 +60,8 @@ def test_two_draft_models_know_more_than_one() -> None:
         for _ in range(40):
             decoding.step()
     assert together.tokens_per_round > 1.3 * max(one.tokens_per_round for one in apart)
+
+
+def test_medusa_drafts_every_rank_of_a_static_tree() -> None:
+    tree = f"static:{[(rank,) for rank in range(12)]}"
+    assert len(Decoding(make("medusa", tree=tree), mixing).step()) == 12

@@ -55,6 +55,7 @@ HOST_METHODS: dict[str, str] = {
     "load_eagle_model": "target_model vllm_config",
     "base_loader.initialize_model": "vllm_config",
     "dispatch_cpu_unquantized_gemm": "layer remove_weight",
+    "rms_norm": "out input weight epsilon",
     "cpu_worker.CPUModelRunner": "vllm_config device",
     "selector._cached_get_attn_backend.cache_clear": "",
 }

@@ -8,6 +8,9 @@ extern "C" int specplus_cpu_supported() {
 #if defined(__AVX512BW__)
   if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return 0;
 #endif
+#if defined(__AVX512VNNI__)
+  if (!__builtin_cpu_supports("avx512vnni")) return 0;
+#endif
 #if defined(__AVX2__)
   if (!__builtin_cpu_supports("avx2")) return 0;
 #endif

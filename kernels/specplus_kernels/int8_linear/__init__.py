@@ -54,6 +54,7 @@ def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
 
     Args:
         x: [num_rows, num_in] bf16, fp16 or fp32; the kernel rounds a row to 16 bits of its largest.
+            Of a row that is not finite, no output is.
         weight: of num_in columns.
 
     Raises:
@@ -63,6 +64,6 @@ def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     if x.dim() != 2 or x.shape[1] != weight.num_in:
         raise ValueError(f"x {tuple(x.shape)} must be [num_rows, num_in={weight.num_in}]")
     which = dispatch.provider(x.device)
-    if which == "cpu" and not cpu.is_built():
-        which = dispatch.downgrade("int8_linear", "a CPU without AVX512-VNNI")
+    if which == "cpu" and (reason := cpu.refuses(weight)):
+        which = dispatch.downgrade("int8_linear", reason)
     return (cpu if which == "cpu" else reference).int8_linear(x, weight)

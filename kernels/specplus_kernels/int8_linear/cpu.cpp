@@ -29,7 +29,7 @@ struct Params {
   int64_t x, weight, scales, out, num_rows, num_out, num_in;
 };
 
-// x = scale * (256 * upper + lower).
+// x = scale * (256 * upper + lower); scale is NaN where an element of x is not finite.
 struct Input {
   std::vector<int8_t> upper, lower;
   float scale = 0;
@@ -38,9 +38,12 @@ struct Input {
   void round(const float *x, int64_t count) {
     upper.assign((count + DEPTH - 1) / DEPTH * DEPTH, 0);
     lower.assign(upper.size(), 0);
-    float largest = 0;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i]));
-    scale = largest / 32000;
+    float largest = 0, nothing = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      largest = std::max(largest, std::fabs(x[i]));
+      nothing += x[i] * 0;
+    }
+    scale = largest / 32000 + nothing;
     for (int64_t i = 0; i < count && scale > 0; ++i) {
       int32_t value = std::lrintf(x[i] / scale);
       upper[i] = int8_t((value + 128) >> 8);

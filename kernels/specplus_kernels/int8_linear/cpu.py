@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from specplus_kernels.int8_linear import Int8Weight
 
 _NAME = "specplus_int8_linear"
+_MAX_COLUMNS = 1 << 16
+"""So many products of bytes cannot overflow 32 bits."""
 _kernel = cpu_library.Kernel(_NAME, "7q")
 
 
@@ -22,8 +24,15 @@ def is_built() -> bool:
     return hasattr(cpu_library.load(), _NAME)
 
 
+def refuses(weight: Int8Weight) -> str | None:
+    """Why the kernel does not take a weight, None if it does."""
+    if not is_built():
+        return "a CPU without AVX512-VNNI"
+    return f"{weight.num_in} columns" if weight.num_in > _MAX_COLUMNS else None
+
+
 def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-    """As the reference."""
+    """As the reference; `refuses` said None."""
     x = x.float().contiguous()
     out = torch.empty(len(x), weight.num_out)
     pointers = [each.data_ptr() for each in (x, weight.panels, weight.scales, out)]

@@ -25,10 +25,10 @@ from vllm_specplus.engine.drafters.modules import (
     load_modules,
     run_uncompiled,
 )
-from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
+from vllm_specplus.engine.drafters.paged import PagedLayers
 from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.proposers.base import Proposer
-from vllm_specplus.proposers.levels import HiddenStates, Outputs
+from vllm_specplus.proposers.levels import HiddenStates, Outputs, likeliest
 from vllm_specplus.proposers.mtp import MtpProposer
 
 

@@ -19,17 +19,13 @@ from vllm_specplus.engine.drafters.models_v1 import (
     PagedModules,
     paged_eagle,
 )
-from vllm_specplus.engine.drafters.packed import (
-    drafting_dtype,
-    gathered_rows,
-    pack,
-    packed_linear,
-)
-from vllm_specplus.engine.drafters.paged import PagedLayers, likeliest
+from vllm_specplus.engine.drafters.packed import gathered_rows, pack, packed_linear
+from vllm_specplus.engine.drafters.paged import PagedLayers
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
 from vllm_specplus.proposers.heads.files import check_fits
+from vllm_specplus.proposers.heads.int8 import drafting_dtype
 from vllm_specplus.proposers.heads.mtp import MTPHeads
-from vllm_specplus.proposers.levels import HiddenStates, Outputs
+from vllm_specplus.proposers.levels import HiddenStates, Outputs, likeliest
 from vllm_specplus.proposers.mtp import MtpProposer
 
 
@@ -65,9 +61,9 @@ class PagedHeads(PagedLayers):
         self._embed_scale = config.embed_scale
         self._draft_vocab = checkpoint.draft_vocab
         self._dtype, self._attention_dtype = drafting_dtype(model.dtype), model.dtype
-        heads = MTPHeads.from_checkpoint(checkpoint).to(model.dtype)
+        heads = MTPHeads.from_checkpoint(checkpoint)
         self._modules = [heads.at(depth) for depth in range(num_levels)]
-        pack(heads)
+        pack(heads, model.dtype)
         first = model.get_total_num_hidden_layers()
         layers = [
             Attention(
@@ -90,7 +86,8 @@ class PagedHeads(PagedLayers):
         self._embedding = gathered_rows(embedding, torch.arange(vocab_size), copy=False)
         if self._draft_vocab is None:
             self._draft_vocab = torch.arange(vocab_size)
-        self._head = packed_linear(gathered_rows(head, self._draft_vocab, copy=True))
+        rows = gathered_rows(head, self._draft_vocab, copy=True)
+        self._head = packed_linear(rows, self._attention_dtype)
 
     def _run(
         self, level: int, tokens: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -98,9 +95,8 @@ class PagedHeads(PagedLayers):
         layer = self.layers[level]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            attended: torch.Tensor = layer(
-                *(x.flatten(1).to(self._attention_dtype) for x in (q, k, v))
-            )
+            heads = [x.flatten(1).to(self._attention_dtype) for x in (q, k, v)]
+            attended: torch.Tensor = layer(*heads)
             return attended.to(self._dtype).view_as(q)
 
         embedded = functional.embedding(tokens, self._embedding).to(self._dtype) * self._embed_scale

@@ -1,8 +1,4 @@
-"""Layers of drafts on the CPU engine, in the form that takes the least time for a few rows.
-
-A level is a pass over few rows, so it takes as long as its weights are long. Drafts only propose:
-int8 rows change which tokens they are, never the text.
-"""
+"""Layers of drafts on the CPU engine, in the form that takes the least time for a few rows."""
 
 from __future__ import annotations
 
@@ -10,38 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from specplus_kernels import Int8Weight, int8_linear
-from specplus_kernels.int8_linear import cpu as int8_kernel
 from torch import nn
 
 from vllm_specplus.engine.compat import VocabParallelEmbedding
 from vllm_specplus.engine.compat_cpu import dispatch_cpu_unquantized_gemm, rms_norm
+from vllm_specplus.proposers.heads.int8 import Int8Linear, drafting_dtype
 from vllm_specplus.proposers.heads.mtp import RMSNorm
 
 
-def drafting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What drafts of a model of `dtype` compute in: float32 around int8 matrices, where a model of
-    16 bits runs on a CPU that has a kernel for them."""
-    return torch.float32 if dtype.itemsize == 2 and int8_kernel.is_built() else dtype
-
-
-def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Module:
-    """x @ weight.T + bias, in int8 or in the layout that vLLM's own linear layers have."""
-    int8 = drafting_dtype(weight.dtype) != weight.dtype
-    return Int8Linear(weight, bias) if int8 else PackedLinear(weight, bias)
-
-
-class Int8Linear(nn.Module):
-    """x @ weight.T + bias in float32, with the weight in int8."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self._weight, self._bias = Int8Weight.of(weight), None if bias is None else bias.float()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_rows, in_features]."""
-        out = int8_linear(x, self._weight)
-        return out if self._bias is None else out + self._bias
+def packed_linear(
+    weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None
+) -> nn.Module:
+    """x @ weight.T + bias for a model of `dtype`, in int8 or in the layout that vLLM's own linear
+    layers have."""
+    if drafting_dtype(dtype) != dtype:
+        return Int8Linear(weight, bias)
+    return PackedLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class PackedLinear(nn.Module):
@@ -73,15 +53,15 @@ class FusedRMSNorm(nn.Module):
         return out
 
 
-def pack(module: nn.Module) -> None:
-    """Puts such layers in the place of a module's linear layers and norms."""
+def pack(module: nn.Module, dtype: torch.dtype) -> None:
+    """Puts such layers in the place of a module's linear layers and norms, for a model of `dtype`:
+    from the module's own weights, best those of its file."""
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
-                setattr(parent, name, packed_linear(layer.weight, layer.bias))
+                setattr(parent, name, packed_linear(layer.weight, dtype, layer.bias))
             elif isinstance(layer, RMSNorm):
-                norm = FusedRMSNorm(layer, drafting_dtype(layer.weight.dtype))
-                setattr(parent, name, norm)
+                setattr(parent, name, FusedRMSNorm(layer, drafting_dtype(dtype)))
 
 
 def gathered_rows(layer: Any, token_ids: torch.Tensor, copy: bool) -> torch.Tensor:

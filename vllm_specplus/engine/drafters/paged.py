@@ -102,19 +102,3 @@ class PagedLayers(ABC):
         num_rows = sum(map(len, requests))
         with set_forward_context(rows, self._vllm_config, num_rows, slot_mapping=slots):
             yield
-
-
-def likeliest(
-    logits: torch.Tensor, num: int, vocab: torch.Tensor | None = None
-) -> list[dict[int, float]]:
-    """Per row of `logits`, [num_rows, num_tokens], the `num` likeliest tokens and what they are
-    likely, in (0, 1]; `vocab`: the ids of the tokens, if they are not all."""
-    logits = logits.float()
-    best, index = logits.topk(min(num, logits.shape[1]))
-    weights = torch.exp(logits - best[:, :1])
-    probs = torch.exp(best - best[:, :1]) / weights.sum(1, keepdim=True)
-    tokens = index if vocab is None else vocab[index]
-    return [
-        {token: prob for token, prob in zip(*row, strict=True) if prob > 0}
-        for row in zip(tokens.tolist(), probs.tolist(), strict=True)
-    ]
