@@ -36,11 +36,14 @@ format: $(READY) ## rewrite the files as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A process per core; a file's tests stay in one (tests/conftest.py).
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+
 test: $(KERNELS) ## the whole test suite (under 20 minutes on 2 cores)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 demo: $(KERNELS) ## a real model, plain and with speculation, side by side
 	$(BIN)/python -m benchmarks.e2e.demo

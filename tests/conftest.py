@@ -6,7 +6,6 @@ One thread, in-process engines, quiet logs; Triton kernels run in its interprete
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,21 +30,11 @@ for name, value in {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the V2 engine come last: their scenarios run beside others."""
-    items.sort(key=lambda item: "test_v2.py" in item.nodeid)
-
-
-_BEGIN = pytest.StashKey[list[Callable[[], None]]]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Modules with a function `begin` have work that others need not wait for."""
-    modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
-    session.stash[_BEGIN] = [module.begin for module in modules if hasattr(module, "begin")]
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """It begins with the engine's tests, which use one core of two; benchmarks came before."""
-    if item.nodeid.startswith("tests/engine/"):
-        while item.session.stash[_BEGIN]:
-            item.session.stash[_BEGIN].pop()()
+    """For runs in several processes, as `make test`: a file's tests, which share engines, stay
+    together, and the V2 engine's scenarios, which take longest, start first."""
+    items.sort(key=lambda item: item.path.name != "test_v2.py")
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(
+                pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath)))
+            )

@@ -15,6 +15,7 @@ ORDER = (
     ("cli",),
     ("startup", "train"),  # beside each other: neither imports the other
     ("engine",),
+    ("host_drafts",),
     ("round",),
     ("proposers",),
     ("core",),

@@ -17,7 +17,7 @@ MAX_KERNEL_FILE_LINES = 600  # modules with Triton kernels, and C++
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 120  # one Triton kernel
 MAX_ENGINE_LINES = 1500  # both runners: code, without blank lines, comments, docstrings
-MAX_DRAFTER_LINES = 950  # engine/drafters, what drafts in both runners: the same
+MAX_DRAFTER_LINES = 1000  # engine/drafters, what drafts in both runners: the same
 
 
 def find_violations(root: Path) -> list[str]:

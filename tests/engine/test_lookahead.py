@@ -6,9 +6,8 @@ import pytest
 
 from tests.engine.engines import Request, get_engine, reference
 from tests.engine.features import assert_equal, mixed, params, requests
+from tests.engine.lookahead import rows_of_the_batch, watch_rows
 from vllm_specplus import round as spec_round
-from vllm_specplus.core.growth import Candidates
-from vllm_specplus.proposers import lookahead
 
 METHODS = ("lookahead", "lookahead+ngram")
 
@@ -45,40 +44,9 @@ def test_all_features_in_one_batch():
     assert_equal(engine(method="lookahead+ngram", **options).run(asked), plain)
 
 
-def watch_rows(monkeypatch):
-    """(tokens so far, path, the target's token behind it) of everything that was verified."""
-    seen: list[tuple[list[int], int]] = []
-    propose, observe = lookahead.LookaheadProposer._propose, lookahead.LookaheadProposer.observe
-    text = {}
-
-    def proposing(self, request, ngrams):
-        text[request.req_id] = request.token_ids.tolist()
-        return propose(self, request, ngrams)
-
-    def observing(self, req_id, tree, accepted_rows, row_tokens):
-        paths = [(), *Candidates(tree.tokens, tree.parents).paths()]
-        if (known := text.pop(req_id, None)) is not None:
-            seen.extend(([*known, *p], t) for p, t in zip(paths, row_tokens, strict=True))
-        observe(self, req_id, tree, accepted_rows, row_tokens)
-
-    monkeypatch.setattr(lookahead.LookaheadProposer, "_propose", proposing)
-    monkeypatch.setattr(lookahead.LookaheadProposer, "observe", observing)
-    return seen
-
-
 def no_depth(monkeypatch):
     """Rows of the window keep the positions of their slots."""
     monkeypatch.setattr(spec_round.Staged, "tree_positions", lambda *_: None)
-
-
-def rows_of_the_batch(monkeypatch):
-    """A request is told what the target said after the rows of another node."""
-    observe = lookahead.LookaheadProposer.observe
-
-    def shifted(self, req_id, tree, accepted_rows, row_tokens):
-        observe(self, req_id, tree, accepted_rows, [*row_tokens[1:], row_tokens[0]])
-
-    monkeypatch.setattr(lookahead.LookaheadProposer, "observe", shifted)
 
 
 @pytest.mark.parametrize("sabotage", [None, no_depth, rows_of_the_batch])

@@ -199,14 +199,14 @@ def prefix_cache(trees: Engine) -> None:
     assert min(cached) > 32, "no generated block was reused"
 
 
-def preemption() -> None:
+def preemption(kind: str = "oracle", **options: Any) -> None:
     wanted = asked("greedy", 5, max_tokens=100, ignore_eos=True) + asked("seed", 2, max_tokens=100)
-    options: dict[str, Any] = dict(num_gpu_blocks_override=16, max_model_len=256)
-    scheduler = engine("llama", "oracle", tuple(options.items())).scheduler
+    options |= dict(num_gpu_blocks_override=16, max_model_len=256)
+    scheduler = engine("llama", kind, tuple(options.items())).scheduler
     with mock.patch.object(
         scheduler, "_preempt_request", side_effect=scheduler._preempt_request
     ) as preempted:
-        equal(wanted, **options)
+        equal(wanted, kind, **options)
     assert preempted.called
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.startup.spellings import by_flags, by_keywords, outcome
-from vllm_specplus.errors import NotBuiltError, OptionError
+from vllm_specplus.errors import OptionError
 from vllm_specplus.startup import derived, host, options
 from vllm_specplus.startup.derived import Recommended, Tuned
 
@@ -24,13 +24,6 @@ def test_three_spellings_of_lookahead_mean_the_same(model: str) -> None:
     assert outcome(by_flags(model, **AHEAD)) == wanted
     assert outcome(by_keywords(model, speculative_config=AHEAD_KEYS)) == wanted
     assert outcome(by_flags(model, speculative_config=AHEAD_KEYS)) == wanted
-
-
-def test_lookahead_is_refused_on_the_v2_runner(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("wanted_engine", "tree_engine"):
-        monkeypatch.setattr(options, name, lambda: host.V2_ENGINE)
-    with pytest.raises(NotBuiltError, match=r"='\[lookahead\]' .* not available in the engine v2;"):
-        by_keywords(model, **AHEAD)
 
 
 NGRAM = {"speculative_model": "[ngram]", "num_speculative_tokens": 3}

@@ -46,6 +46,7 @@ from vllm_specplus.engine.compat_v2 import (
     model_runner,
     resolve_model_state_cls,
 )
+from vllm_specplus.engine.drafters.host_v2 import HostTreeSpeculator
 from vllm_specplus.engine.drafters.medusa_v2 import MedusaTreeSpeculator
 from vllm_specplus.engine.drafters.windows import init_trunk
 from vllm_specplus.engine.v2_chain import ChainDrafter, with_depth
@@ -77,7 +78,7 @@ class TreeModelState(DefaultModelState):
         self.has_trees = True
         self.max_depth = config.num_speculative_tokens
         self.rule = _RULES[config.verify]
-        self.path = torch.empty(0)
+        self.path = self.row_tokens = torch.empty(0)
         self._slot_mappings: torch.Tensor | None = None
         self._layers: list[list[Any]] = []
         self._commit_plans: list[KVCommitPlan | None] | None = None
@@ -283,12 +284,15 @@ def init_tree_state(vllm_config: VllmConfig, model: torch.nn.Module, *args: Any)
 def init_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> NgramTreeSpeculator | ChainDrafter:
-    """vLLM's `init_speculator` for trees: of n-grams, Medusa heads, a drafter of vLLM, or two."""
+    """vLLM's `init_speculator` for trees: of n-grams, Medusa heads, a drafter of vLLM, or two, or
+    of what drafts on the host."""
     ngram = NgramTreeSpeculator(vllm_config, device, req_states)
     if "medusa" in ngram.config.method:
         return MedusaTreeSpeculator(vllm_config, device, req_states)
-    if vllm_config.speculative_config.use_ngram():
+    if ngram.config.method == "ngram":
         return ngram
+    if vllm_config.speculative_config.use_ngram():
+        return HostTreeSpeculator(vllm_config, device, req_states)
     chain_config = with_depth(vllm_config, ngram.config.num_speculative_tokens)
     return ChainDrafter(init_trunk(chain_config, device, req_states), ngram)
 
@@ -308,5 +312,5 @@ class TreeRunner(GPUModelRunner):
             for kind, backend in self.backends().items():
                 stack.enter_context(registered_backend(kind, backend))
             super().load_model(*args, **kwargs)
-        if isinstance(self.speculator, MedusaTreeSpeculator):
+        if isinstance(self.speculator, MedusaTreeSpeculator | HostTreeSpeculator):
             self.speculator.load_model(self.model, self.model_state)

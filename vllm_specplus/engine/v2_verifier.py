@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from specplus_kernels import verify
+from specplus_kernels import tree_verify, verify
 
 from vllm_specplus.core.tree import TOKEN_BITS
 from vllm_specplus.engine.compat_v2 import (
@@ -37,6 +37,7 @@ class TreeVerifier(RejectionSampler):
         self._parents = self._positions = self._too_deep = torch.empty(0)
         self._expanded_idx_mapping = torch.empty(0)
         self._paths: list[torch.Tensor] = []
+        self._row_tokens: list[torch.Tensor] = []
         self._rows_done = 0
         self._logprobs_dims: tuple[int, int] | None = None
 
@@ -47,10 +48,12 @@ class TreeVerifier(RejectionSampler):
         self._positions = self._state.positions[input_batch.logits_indices]
         self._too_deep = self._depths_of(input_batch) > self._state.max_depth
         self._parents = self._parents_of(input_batch)
-        self._paths, self._rows_done = [], 0
+        self._paths, self._row_tokens, self._rows_done = [], [], 0
         # Of the whole batch: chunks are concatenated.
         self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         output = super().__call__(logits, input_batch, *args, **kwargs)
+        if self._row_tokens:
+            self._state.row_tokens = torch.cat(self._row_tokens)
         self._state.commit(input_batch, torch.cat(self._paths))
         return output
 
@@ -96,25 +99,32 @@ class TreeVerifier(RejectionSampler):
         )
         states = self.sampler.sampling_states
         temperature = states.temperature.gpu[expanded_idx_mapping]
-        drawn: dict[str, Any] = {}
-        if draft_logits is not None and self._state.rule != "match":
-            step, depth = expanded_local_pos.long(), draft_logits.shape[1]
-            q = draft_logits[expanded_idx_mapping, step.clamp(max=depth - 1)].float()
-            heat = torch.where(temperature > 0, temperature, 1.0)
-            drawn = {"draft_logits": q / heat[:, None], "is_sampled": (step > 0) & (step <= depth)}
-        verified = verify(
-            self._state.rule,
-            processed,
-            verify_draft_sampled.long().masked_fill(self._too_deep[rows], -1),
-            cu_num_logits,
-            temperature,
-            states.seeds.gpu[expanded_idx_mapping],
-            positions,
-            max_rows=1 + self.num_speculative_steps,
-            parents=self._parents[rows],
-            allow_lossy=self._state.rule == "typical",
-            **drawn,
-        )
+        drafts = verify_draft_sampled.long().masked_fill(self._too_deep[rows], -1)
+        keyed = (temperature, states.seeds.gpu[expanded_idx_mapping], positions)
+        max_rows, parents = 1 + self.num_speculative_steps, self._parents[rows]
+        if self._state.rule == "match":
+            tree = (drafts, parents, cu_num_logits)
+            verified, row_tokens = tree_verify(processed, *tree, *keyed, max_rows=max_rows)
+            self._row_tokens.append(row_tokens)
+        else:
+            drawn: dict[str, Any] = {}
+            if draft_logits is not None:
+                step, depth = expanded_local_pos.long(), draft_logits.shape[1]
+                q = draft_logits[expanded_idx_mapping, step.clamp(max=depth - 1)].float()
+                heat = torch.where(temperature > 0, temperature, 1.0)
+                drawn["draft_logits"] = q / heat[:, None]
+                drawn["is_sampled"] = (step > 0) & (step <= depth)
+            verified = verify(
+                self._state.rule,
+                processed,
+                drafts,
+                cu_num_logits,
+                *keyed,
+                max_rows=max_rows,
+                parents=parents,
+                allow_lossy=self._state.rule == "typical",
+                **drawn,
+            )
         self._paths.append(verified.path)
         return processed, verified.tokens, verified.num_emitted
 

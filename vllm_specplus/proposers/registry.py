@@ -15,8 +15,8 @@ PROPOSERS: dict[str, type[Proposer]] = {}
 
 
 def register(*names: str) -> Callable[[type[Proposer]], type[Proposer]]:
-    """Class decorator that makes a proposer available as these methods, one of which may be new: it
-    is drafted without a model, and by the engines that run proposers (V1)."""
+    """Class decorator that makes a proposer available as these methods, on both engines. A new one
+    is drafted without a model."""
 
     def bind(cls: type[Proposer]) -> type[Proposer]:
         for name in "+".join(names).split("+"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,8 +139,8 @@ class Engine:
 
     method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
     paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
-    methods: `SpecPlusConfig.method` of what it drafts with. modules_worker_cls: for chains of
-    several MTP modules of the target's own.
+    modules_worker_cls: for chains of several MTP modules of the target's own. lacks: registered
+    methods (`SpecPlusConfig.method`) that it does not draft with.
     """
 
     name: str
@@ -149,8 +149,13 @@ class Engine:
     drafter_cls: str
     compat: tuple[str, ...]
     hooks: dict[str, str]
-    methods: Collection[str]
     modules_worker_cls: str | None = None
+    lacks: frozenset[str] = frozenset()
+
+    @property
+    def methods(self) -> list[str]:
+        """What it drafts with."""
+        return [name for name in PROPOSERS if name not in self.lacks]
 
 
 CPU_ENGINE = Engine(
@@ -160,7 +165,6 @@ CPU_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v1.TreeDrafter",
     compat=("compat.py", "compat_cpu.py"),
     hooks=HOST_METHODS,
-    methods=PROPOSERS.keys(),
 )
 V2_ENGINE = Engine(
     name="v2",
@@ -169,12 +173,8 @@ V2_ENGINE = Engine(
     drafter_cls="vllm_specplus.engine.v2_speculator.NgramTreeSpeculator",
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
-    methods=(
-        *("ngram", "draft", "mtp", "mtp3", "eagle", "eagle3"),
-        *("draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
-        *("medusa", "medusa+ngram"),
-    ),
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",
+    lacks=frozenset({"draft+draft"}),
 )
 V2_CPU_ENGINE = replace(
     V2_ENGINE,

@@ -169,7 +169,7 @@ def translate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Need,
     if takes_own_modules(config):
         modules_worker(config, model)
     widths = _widths(config, others, engine, result.get("max_num_seqs"))
-    trunks = [spec for spec in config.methods if spec.name not in ("ngram", "medusa")]
+    trunks = [spec for spec in config.methods if _by_level(spec)]
     if trunks and engine is not CPU_ENGINE:
         auto = config.model_copy(update={"verify": "auto"})
         chain = native_config(auto, trunks[0], others.get("revision"))
@@ -344,8 +344,9 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
             f"there are chains of {chains}, and static and dynamic trees of {trees}",
         )
     medusa = any(spec.name == "medusa" for spec in config.methods)
-    dynamic = len(config.methods) > 1 and not isinstance(config.tree, StaticTree)
-    more = LOSSY_RULES if medusa else DRAWN_RULES if dynamic else ()
+    drawn = any(METHODS[spec.name].model != "none" for spec in config.methods)
+    drawn &= len(config.methods) > 1 and not isinstance(config.tree, StaticTree)
+    more = LOSSY_RULES if medusa else DRAWN_RULES if drawn else ()
     rules = TREE_RULES + (() if engine is CPU_ENGINE else more)
     if config.verify not in rules:
         raise not_built(
@@ -356,11 +357,14 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
         )
 
 
+def _by_level(spec: MethodSpec) -> bool:
+    """Whether it drafts with a model, level by level."""
+    return METHODS[spec.name].model != "none" and spec.name != "medusa"
+
+
 def _check_ranks(config: SpecPlusConfig) -> None:
     """Raises OptionError for nodes of a static tree that are never drafted."""
-    names = [spec.name for spec in config.methods]
-    by_level = all(METHODS[name].model != "none" and name != "medusa" for name in names)
-    if not by_level or not isinstance(config.tree, StaticTree):
+    if not all(map(_by_level, config.methods)) or not isinstance(config.tree, StaticTree):
         return
     if (rank := max(path[-1] for path in config.tree.paths)) >= NUM_CHILDREN:
         raise bad_option(
