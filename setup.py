@@ -80,7 +80,7 @@ setup(
             "types-psutil",
             "pytest>=8",
             "pytest-timeout",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",

@@ -6,6 +6,7 @@ One thread, in-process engines, quiet logs; Triton kernels run in its interprete
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,19 @@ for name, value in {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For runs in several processes, as `make test`: a file's tests, which share engines, stay
-    together, and the V2 engine's scenarios, which take longest, start first."""
+    """The V2 engine's scenarios, which take longest, start first."""
     items.sort(key=lambda item: item.path.name != "test_v2.py")
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(
-                pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath)))
-            )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """In runs in several processes (`make test`) a file's tests, which share engines, stay in one;
+    but for the V2 engine's, which have processes of their own."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("test_v2.py") else file
+
+    return ByFile(config, log)

@@ -14,9 +14,9 @@ from vllm_specplus.round import SpecRound
 class Verified(NamedTuple):
     """What a step verified of one request.
 
-    num_nodes: draft nodes, a prefix of the last tree and what the engine filled its rows up with.
-    path: rows of the accepted path, the root 0 first, padded with -1. row_tokens: what the target
-    said after each row; nothing where no row was a draft.
+    num_nodes: draft nodes, a prefix of the last tree. path: rows of the accepted path, the root 0
+    first, padded with -1. row_tokens: what the target said after each row; nothing where no row was
+    a draft.
     """
 
     num_nodes: int = 0
@@ -27,7 +27,7 @@ class Verified(NamedTuple):
 class HostDrafts:
     """A round whose stage, verification and commit are the engine's own.
 
-    Which nodes pay is the engine's to say: `DraftRequest.max_nodes`.
+    Which nodes pay is the engine's to say: it verifies `DraftRequest.max_nodes` of each request.
     """
 
     def __init__(self, config: SpecPlusConfig) -> None:
@@ -43,14 +43,23 @@ class HostDrafts:
     def next_trees(
         self, requests: Sequence[DraftRequest], verified: Sequence[Verified]
     ) -> list[Tree]:
-        """The proposer learns from the last trees, and drafts; a depth of 0 is no root yet."""
+        """The proposer learns from the last trees, and drafts; a depth of 0 is no root yet.
+
+        Rows that it has no node for are filled as `core.tree.encode` does.
+        """
         for request, (num_nodes, path, row_tokens) in zip(requests, verified, strict=True):
-            tree = self._trees.get(request.req_id, Tree())
-            tree = Tree(tree.tokens[:num_nodes], tree.parents[:num_nodes])
-            accepted = [row for row in path if 0 < row <= len(tree)]
-            said = row_tokens[: len(tree) + 1] or [int(request.token_ids[-1])]
-            if request.max_depth:
+            tree = self._trees.get(request.req_id, Tree()).prefix(num_nodes)
+            accepted = [row for row in path if row > 0]
+            said = row_tokens or [int(request.token_ids[-1])]
+            if request.max_depth and len(tree) == num_nodes:
                 self.round.observe(request.req_id, tree, accepted, said)
-        trees = self.round.propose(requests)
+        proposed = zip(requests, self.round.propose(requests), strict=True)
+        trees = [_filled(tree, request) for request, tree in proposed]
         self._trees |= zip((request.req_id for request in requests), trees, strict=True)
         return trees
+
+
+def _filled(tree: Tree, request: DraftRequest) -> Tree:
+    rows = range(len(tree), request.max_nodes)
+    filler = [int(request.token_ids[-1])] * len(rows)
+    return Tree([*tree.tokens, *filler], [*tree.parents, *rows])

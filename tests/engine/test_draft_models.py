@@ -31,7 +31,7 @@ from tests.engine.test_mtp_modules import (
     requests,
 )
 from vllm_specplus.engine.drafters.models_v1 import PagedModel
-from vllm_specplus.proposers import mtp
+from vllm_specplus.proposers import by_level
 from vllm_specplus.proposers.merged import by_levels
 
 CHAIN = "static:[(0,),(0,0),(0,0,0)]"
@@ -128,13 +128,13 @@ def of_other_tokens(monkeypatch) -> None:
 
 def missed_rows(monkeypatch) -> None:
     """What drafted nodes left stays where the first accepted token's row belongs."""
-    rows = mtp._Draft.rows
+    rows = by_level._Draft.rows
 
     def fewer(self, level):
         self.state.starts[0] += not level and self._end(0) - self.state.starts[0] > 1
         return rows(self, level)
 
-    monkeypatch.setattr(mtp._Draft, "rows", fewer)
+    monkeypatch.setattr(by_level._Draft, "rows", fewer)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

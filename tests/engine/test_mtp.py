@@ -21,12 +21,12 @@ from tests.engine.heads import fitted, random_path
 from tests.train.tiny import PROMPT_LEN
 from vllm_specplus.engine.drafters import paged
 from vllm_specplus.errors import OptionError
-from vllm_specplus.proposers import levels, mtp
+from vllm_specplus.proposers import by_level, levels
+from vllm_specplus.proposers.by_level import NUM_CHILDREN
 from vllm_specplus.proposers.heads import int8
 from vllm_specplus.proposers.heads.checkpoint import load_heads
 from vllm_specplus.proposers.heads.int8 import drafting_dtype
 from vllm_specplus.proposers.heads.mtp import MTPHeads
-from vllm_specplus.proposers.mtp import NUM_CHILDREN
 
 SHAPES = ("chain", "dynamic:12", "static:[(0,),(1,),(0,0),(0,1),(1,0),(0,0,0)]")
 METHODS = ("mtp3", "mtp3+ngram")
@@ -106,9 +106,9 @@ def test_heads_of_another_model_are_refused():
 def watch_drafts(monkeypatch):
     """(tokens so far, path, {token: probability}) of everything that is drafted, and the target's
     hidden states by position."""
-    drafted: list[tuple[list[int], mtp.Path, dict[int, float]]] = []
+    drafted: list[tuple[list[int], by_level.Path, dict[int, float]]] = []
     hidden_states: dict[int, torch.Tensor] = {}
-    branch, absorb = mtp._Draft.branch, mtp.MtpProposer.absorb
+    branch, absorb = by_level._Draft.branch, by_level.LevelProposer.absorb
 
     def branching(self, level, children):
         known = self.request.token_ids.tolist()
@@ -122,8 +122,8 @@ def watch_drafts(monkeypatch):
             hidden_states[position] = row
         absorb(self, req_id, start, rows)
 
-    monkeypatch.setattr(mtp._Draft, "branch", branching)
-    monkeypatch.setattr(mtp.MtpProposer, "absorb", absorbing)
+    monkeypatch.setattr(by_level._Draft, "branch", branching)
+    monkeypatch.setattr(by_level.LevelProposer, "absorb", absorbing)
     return drafted, hidden_states
 
 
@@ -162,9 +162,9 @@ def test_drafts_are_those_of_the_dense_modules(tree, hidden_state_from, monkeypa
 
 def other_hidden_states(monkeypatch):
     """Every row takes the target's hidden state of the position before."""
-    absorb = mtp.MtpProposer.absorb
+    absorb = by_level.LevelProposer.absorb
     monkeypatch.setattr(
-        mtp.MtpProposer,
+        by_level.LevelProposer,
         "absorb",
         lambda self, req_id, start, rows: absorb(self, req_id, start, rows.roll(1, 0)),
     )

@@ -27,8 +27,8 @@ from tests.engine.test_mtp import PROB_TOLERANCE, watch_drafts
 from vllm_specplus.engine.drafters import paged
 from vllm_specplus.engine.drafters.models_v1 import PagedModel, PagedModules, attends
 from vllm_specplus.errors import NotBuiltError
-from vllm_specplus.proposers import levels, mtp
-from vllm_specplus.proposers.mtp import NUM_CHILDREN
+from vllm_specplus.proposers import by_level, levels
+from vllm_specplus.proposers.by_level import NUM_CHILDREN
 
 DEPTH = 3
 OPTIONS = dict(max_num_seqs=8, skip_tokenizer_init=True)
@@ -163,9 +163,9 @@ def mismatches(drafted, hidden_states, model: PagedModel, convention: str) -> in
 
 def of_other_positions(monkeypatch):
     """The target's hidden states of the position before."""
-    absorb = mtp.MtpProposer.absorb
+    absorb = by_level.LevelProposer.absorb
     monkeypatch.setattr(
-        mtp.MtpProposer,
+        by_level.LevelProposer,
         "absorb",
         lambda self, req_id, start, rows: absorb(self, req_id, start, rows.roll(1, 0)),
     )

@@ -45,13 +45,7 @@ def run_groups(groups: tuple[str, ...]) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "groups",
-    [
-        pytest.param(groups, marks=pytest.mark.xdist_group("+".join(groups)), id="+".join(groups))
-        for groups in PROCESSES
-    ],
-)
+@pytest.mark.parametrize("groups", PROCESSES, ids="+".join)
 def test_scenarios(groups: tuple[str, ...]) -> None:
     outcomes = run_groups(groups)
     failed = {name: said for name, said in outcomes.items() if said != "ok"}

@@ -124,6 +124,16 @@ def drafter(name: str) -> None:
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
+def lookahead() -> None:
+    """Drafted on the hosts of both workers."""
+    wanted = v2.asked("greedy", 4, max_tokens=60)
+    plain = v2.plain_run("llama", wanted)
+    options = dict(speculative_model="[lookahead]", max_num_seqs=8)
+    llm = LLM(str(model_path("llama")), **DEFAULTS | options | TWO_WORKERS)
+    _STARTED.append(llm)
+    assert_equal(run(llm, wanted, None), plain)
+
+
 def streams() -> None:
     """vLLM's asynchronous engine, as a server uses it."""
     wanted = requests("greedy", ABORTED + 2)
@@ -164,6 +174,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "processes: tuned tree": tuned,
     "processes: asynchronous engine": streams,
     "processes: two workers, eagle": lambda: drafter("eagle"),
+    "processes: two workers, lookahead": lookahead,
     "processes: two workers, heads": lambda: drafter("heads"),
 }
 

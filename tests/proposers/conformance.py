@@ -14,17 +14,19 @@ from tests.proposers.levels_model import FunctionModel
 from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, Path
 from vllm_specplus.proposers.base import DraftRequest, Proposer
+from vllm_specplus.proposers.by_level import LevelProposer
 from vllm_specplus.proposers.heads.medusa import MedusaHeads
 from vllm_specplus.proposers.heads.medusa_checkpoint import MedusaConfig
 from vllm_specplus.proposers.levels import HiddenStates
 from vllm_specplus.proposers.medusa import MedusaProposer
 from vllm_specplus.proposers.merged import MergedProposer, by_levels
-from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.registry import PROPOSERS, create
 
 Target = Callable[[Sequence[int]], int]
 """The token that follows a sequence."""
-BY_LEVELS = sorted(name for name, cls in PROPOSERS.items() if cls in (MtpProposer, MergedProposer))
+BY_LEVELS = sorted(
+    name for name, cls in PROPOSERS.items() if cls in (LevelProposer, MergedProposer)
+)
 AT_ONCE = sorted(PROPOSERS.keys() - set(BY_LEVELS))
 PROMPT = [7, 3, 7, 1, 3, 7]
 

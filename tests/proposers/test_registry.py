@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.proposers.by_level import LevelProposer
 from vllm_specplus.proposers.lookahead import LookaheadProposer
 from vllm_specplus.proposers.medusa import MedusaProposer
-from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.ngram import NgramProposer
 from vllm_specplus.proposers.registry import create
 
@@ -26,7 +26,7 @@ def test_ngram_is_there() -> None:
 @pytest.mark.parametrize("model", ["[mtp]x", "[mtp3]x", "[mtp3+ngram]x", "[ngram+mtp3]x"])
 def test_heads_may_be_joined_by_ngrams(model: str) -> None:
     proposer = create(config(model))
-    assert isinstance(proposer, MtpProposer) and proposer.drafter.model == "x"
+    assert isinstance(proposer, LevelProposer) and proposer.drafter.model == "x"
     assert isinstance(create(config("[ngram+medusa]x")), MedusaProposer)
 
 
@@ -39,7 +39,7 @@ def test_lookahead_takes_its_shape_from_its_window(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["[eagle]x", "some/model", "[ngram+eagle3]x"])
 def test_draft_models_of_vllm_may_be_joined_by_ngrams(model: str) -> None:
-    assert isinstance(create(config(model)), MtpProposer)
+    assert isinstance(create(config(model)), LevelProposer)
 
 
 @pytest.mark.parametrize("model", ["[suffix]", "[ngram+suffix]"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.startup.spellings import by_flags, by_keywords, outcome
-from vllm_specplus.errors import OptionError
+from vllm_specplus.errors import NotBuiltError, OptionError
 from vllm_specplus.startup import derived, host, options
 from vllm_specplus.startup.derived import Recommended, Tuned
 
@@ -26,6 +26,17 @@ def test_three_spellings_of_lookahead_mean_the_same(model: str) -> None:
     assert outcome(by_flags(model, speculative_config=AHEAD_KEYS)) == wanted
 
 
+def test_lookahead_is_served_on_the_v2_runner(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wanted_engine", "tree_engine"):
+        monkeypatch.setattr(options, name, lambda: host.V2_ENGINE)
+    config, additional = outcome(by_keywords(model, **AHEAD))[:2]
+    assert config["method"] == "ngram_gpu" and config["num_speculative_tokens"] == 26
+    assert additional["specplus"]["speculative_model"] == "[lookahead]"
+    with pytest.raises(NotBuiltError, match="speculative_verify='traversal' is not available"):
+        by_keywords(model, **AHEAD | {"speculative_model": "[lookahead+ngram]"}, **DRAWN)
+
+
+DRAWN = {"speculative_verify": "traversal"}
 NGRAM = {"speculative_model": "[ngram]", "num_speculative_tokens": 3}
 
 

@@ -17,7 +17,7 @@ from math import inf, log
 
 import numpy as np
 
-from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.config import METHODS, SpecPlusConfig
 from vllm_specplus.core.budget import MARGIN
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.growth import NUM_CHILDREN, grow
@@ -47,7 +47,8 @@ def accepted(rate: float, num_nodes: int, max_depth: int) -> np.ndarray:
 
 def prior_rate(methods: Iterable[str]) -> float:
     """How often the best candidate of these methods is taken to be right."""
-    return NGRAM_RATE if all(name == "ngram" for name in methods) else DRAFTER_RATE
+    trained = any(name in METHODS and METHODS[name].model != "none" for name in methods)
+    return DRAFTER_RATE if trained else NGRAM_RATE
 
 
 def ladder(num_nodes: int, max_widths: int) -> list[int]:

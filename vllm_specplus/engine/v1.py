@@ -37,9 +37,9 @@ from vllm_specplus.engine.compat_cpu import (
     SamplingMetadata,
     SamplingType,
 )
+from vllm_specplus.engine.drafters.levels_v1 import PagedHeads, load_draft_model
 from vllm_specplus.engine.drafters.medusa_cpu import packed_medusa
 from vllm_specplus.engine.drafters.models_v1 import PagedModel, reads_aux_hidden_states
-from vllm_specplus.engine.drafters.mtp import PagedHeads, load_draft_model
 from vllm_specplus.engine.sampling import RowSamples, RowSource, sample_rows
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.medusa import MedusaProposer

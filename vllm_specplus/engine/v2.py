@@ -2,7 +2,8 @@
 
 vLLM's step runs unchanged. Trees live on the device, encoded in the runner's own draft tokens by
 request slot (`Tree.encode`, kernel `tree_stage`), so under async scheduling the host never sees
-them and nothing of ours needs to follow a request through preemption. The round hangs on three of
+them and nothing of ours needs to follow a request through preemption, unless they are drafted on
+the host (`engine/drafters/host_v2.py`). The round hangs on three of
 vLLM's objects: a model state stages the tree and commits the accepted path, a rejection sampler
 verifies, a speculator proposes.
 """
@@ -78,7 +79,8 @@ class TreeModelState(DefaultModelState):
         self.has_trees = True
         self.max_depth = config.num_speculative_tokens
         self.rule = _RULES[config.verify]
-        self.path = self.row_tokens = torch.empty(0)
+        self.path = torch.empty(0)
+        self.row_tokens: list[torch.Tensor] = []  # of a step's rows, by the rule `match`
         self._slot_mappings: torch.Tensor | None = None
         self._layers: list[list[Any]] = []
         self._commit_plans: list[KVCommitPlan | None] | None = None
@@ -287,7 +289,7 @@ def init_tree_speculator(
     """vLLM's `init_speculator` for trees: of n-grams, Medusa heads, a drafter of vLLM, or two, or
     of what drafts on the host."""
     ngram = NgramTreeSpeculator(vllm_config, device, req_states)
-    if "medusa" in ngram.config.method:
+    if any(spec.name == "medusa" for spec in ngram.config.methods):
         return MedusaTreeSpeculator(vllm_config, device, req_states)
     if ngram.config.method == "ngram":
         return ngram
@@ -312,5 +314,6 @@ class TreeRunner(GPUModelRunner):
             for kind, backend in self.backends().items():
                 stack.enter_context(registered_backend(kind, backend))
             super().load_model(*args, **kwargs)
-        if isinstance(self.speculator, MedusaTreeSpeculator | HostTreeSpeculator):
-            self.speculator.load_model(self.model, self.model_state)
+        self.speculator.model_state = self.model_state
+        if isinstance(self.speculator, MedusaTreeSpeculator):
+            self.speculator.load_model(self.model)

@@ -20,8 +20,10 @@ class NgramTreeSpeculator(BaseSpeculator):
     """Trees from earlier occurrences of a request's last tokens (kernel `ngram_match`).
 
     shape: of static trees. num_nodes: what is drafted, of which a shape keeps what fits.
+    model_state: knows what was verified.
     """
 
+    model_state: Any
     supports_mm_inputs = False
     draft_logits = None
 

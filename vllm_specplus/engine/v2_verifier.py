@@ -37,7 +37,6 @@ class TreeVerifier(RejectionSampler):
         self._parents = self._positions = self._too_deep = torch.empty(0)
         self._expanded_idx_mapping = torch.empty(0)
         self._paths: list[torch.Tensor] = []
-        self._row_tokens: list[torch.Tensor] = []
         self._rows_done = 0
         self._logprobs_dims: tuple[int, int] | None = None
 
@@ -48,12 +47,10 @@ class TreeVerifier(RejectionSampler):
         self._positions = self._state.positions[input_batch.logits_indices]
         self._too_deep = self._depths_of(input_batch) > self._state.max_depth
         self._parents = self._parents_of(input_batch)
-        self._paths, self._row_tokens, self._rows_done = [], [], 0
+        self._paths, self._state.row_tokens, self._rows_done = [], [], 0
         # Of the whole batch: chunks are concatenated.
         self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         output = super().__call__(logits, input_batch, *args, **kwargs)
-        if self._row_tokens:
-            self._state.row_tokens = torch.cat(self._row_tokens)
         self._state.commit(input_batch, torch.cat(self._paths))
         return output
 
@@ -105,7 +102,7 @@ class TreeVerifier(RejectionSampler):
         if self._state.rule == "match":
             tree = (drafts, parents, cu_num_logits)
             verified, row_tokens = tree_verify(processed, *tree, *keyed, max_rows=max_rows)
-            self._row_tokens.append(row_tokens)
+            self._state.row_tokens.append(row_tokens)
         else:
             drawn: dict[str, Any] = {}
             if draft_logits is not None:

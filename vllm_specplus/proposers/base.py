@@ -59,8 +59,9 @@ class Proposer(ABC):
         """Candidates per request, best first, within its bounds; empty where nothing is known.
 
         Must be fast enough to be called every step, and must depend on the arguments and on what
-        was observed and measured only. Workers of a tensor parallel group may propose differently,
-        as each has a clock of its own: what the first one proposes is sent to all and verified.
+        was observed and measured only. On V1 the workers of a tensor parallel group may propose
+        differently, as each has a clock of its own: what the first one proposes is sent to all and
+        verified. On V2 each verifies what it proposes, so nothing there may depend on a clock.
         """
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:

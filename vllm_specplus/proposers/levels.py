@@ -62,7 +62,7 @@ class Window:
     masks: Sequence[int]
 
 
-MAX_NODES = WORD_BITS
+MAX_LEVEL_NODES = WORD_BITS
 """Nodes that a level can run for one request."""
 
 

@@ -78,15 +78,15 @@ class WindowWorth:
 class _Request:
     """What is remembered of one request from step to step.
 
-    columns: of the window in the tree that is being verified. known: the paths in it that are no
-    merit of the window. own_rows: those that only the window has asked for.
+    columns: of the window in the tree that is being verified. made: the paths in it that
+    are a merit of the window, now or before. own_rows: those that only the window has asked for.
     """
 
     window: Window
     pool: Pool
     expectations: Expectations = field(default_factory=Expectations)
     columns: list[Path] = field(default_factory=list)
-    known: set[Path] = field(default_factory=set)
+    made: set[Path] = field(default_factory=set)
     own_rows: set[Path] = field(default_factory=set)
 
 
@@ -117,7 +117,7 @@ class LookaheadProposer(Proposer):
         paths: list[Path] = [(), *Candidates(tree.tokens, tree.parents).paths()]
         emitted = [row_tokens[row] for row in (0, *accepted_rows)]
         state.expectations.settle(emitted)
-        found = sum(paths[row] not in state.known for row in accepted_rows)
+        found = sum(paths[row] in state.made for row in accepted_rows)
         self._worth.observe(found, sum(path in state.own_rows for path in paths))
         rows = {path: row for row, path in enumerate(paths)}
         there = takewhile(rows.__contains__, state.columns)
@@ -169,8 +169,8 @@ class LookaheadProposer(Proposer):
         for part in (grow(expand, *bounds), ngrams):
             for path, prob in zip(part.paths(), part.probs, strict=True):
                 probs[path] = max(prob, probs.get(path, 0.0))
-        state.known = given | set(ngrams.paths())
         self._add_window(request, state, probs)
+        state.made = probs.keys() - given - set(ngrams.paths())
         return rank(probs, request.max_nodes)
 
     def _add_window(self, request: DraftRequest, state: _Request, probs: dict[Path, float]) -> None:

@@ -14,8 +14,8 @@ import torch
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.growth import Candidates, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
+from vllm_specplus.proposers.by_level import LevelProposer
 from vllm_specplus.proposers.calibration import Expectations
-from vllm_specplus.proposers.mtp import MtpProposer
 from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import Drafted, SourceCells, Sources
 
@@ -34,7 +34,7 @@ class MergedProposer(Proposer):
         super().__init__(config)
         texts = [f"[{spec.name}]{spec.model}" for spec in config.methods]
         self.parts = [
-            MtpProposer(config.model_copy(update={"speculative_model": text})) for text in texts
+            LevelProposer(config.model_copy(update={"speculative_model": text})) for text in texts
         ]
         self._cells = SourceCells()
         self._requests: dict[str, _Request] = {}
@@ -65,6 +65,6 @@ class MergedProposer(Proposer):
         return grow(sources.expand, *bounds, self.paths(request))
 
 
-def by_levels(proposer: Proposer) -> list[MtpProposer]:
+def by_levels(proposer: Proposer) -> list[LevelProposer]:
     """What drafts level by level in a proposer: itself, or its parts."""
-    return [proposer] if isinstance(proposer, MtpProposer) else getattr(proposer, "parts", [])
+    return [proposer] if isinstance(proposer, LevelProposer) else getattr(proposer, "parts", [])

@@ -15,8 +15,8 @@ PROPOSERS: dict[str, type[Proposer]] = {}
 
 
 def register(*names: str) -> Callable[[type[Proposer]], type[Proposer]]:
-    """Class decorator that makes a proposer available as these methods, on both engines. A new one
-    is drafted without a model."""
+    """Class decorator that makes a proposer available as these methods. A new one is drafted
+    without a model; on V2 if its proposer reads no hidden states (`absorb`)."""
 
     def bind(cls: type[Proposer]) -> type[Proposer]:
         for name in "+".join(names).split("+"):

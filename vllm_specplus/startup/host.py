@@ -16,8 +16,10 @@ from typing import Any, get_args
 
 from packaging.version import Version
 
+from vllm_specplus.config import METHODS
 from vllm_specplus.core.mtp_models import MTPModel, find_mtp_model
 from vllm_specplus.errors import VLLM_CHAINS, NotBuiltError, not_built
+from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.registry import PROPOSERS
 
 SUPPORTED = ">=0.32,<0.34"
@@ -112,7 +114,8 @@ V2_HOST_METHODS: dict[str, str] = {
     "aux_hidden_states num_sampled num_rejected num_speculative_tokens",
     "BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
     "BaseSpeculator.capture": "",
-    "BaseSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states",
+    "BaseSpeculator.propose": "input_batch attn_metadata slot_mappings last_hidden_states "
+    "aux_hidden_states num_sampled",
     "MultiModuleMTPSpeculator.load_draft_model": "target_model target_attn_layer_names",
     "MultiModuleMTPSpeculator._prepare_inputs": "target_hidden_states input_batch num_tokens "
     "max_query_len num_sampled num_rejected last_sampled next_prefill_tokens mm_inputs",
@@ -139,8 +142,8 @@ class Engine:
 
     method: of vLLM's own methods, the one whose place ours takes. worker_cls, drafter_cls: import
     paths. compat: the modules with the names that it needs of vLLM. hooks: what it needs of them.
-    modules_worker_cls: for chains of several MTP modules of the target's own. lacks: registered
-    methods (`SpecPlusConfig.method`) that it does not draft with.
+    modules_worker_cls: for chains of several MTP modules of the target's own. drafts_itself: the
+    methods (`SpecPlusConfig.method`) that it has drafters for, None if it runs all proposers.
     """
 
     name: str
@@ -150,12 +153,19 @@ class Engine:
     compat: tuple[str, ...]
     hooks: dict[str, str]
     modules_worker_cls: str | None = None
-    lacks: frozenset[str] = frozenset()
+    drafts_itself: tuple[str, ...] | None = None
 
     @property
     def methods(self) -> list[str]:
-        """What it drafts with."""
-        return [name for name in PROPOSERS if name not in self.lacks]
+        """What it drafts with; beside what it drafts itself, proposers that read the text alone."""
+        own = self.drafts_itself
+        return [name for name in PROPOSERS if own is None or name in own or _reads_tokens(name)]
+
+
+def _reads_tokens(method: str) -> bool:
+    """Whether a method's proposer drafts from the text alone, without a model."""
+    alone = all(METHODS[name].model == "none" for name in method.split("+"))
+    return alone and PROPOSERS[method].absorb is Proposer.absorb
 
 
 CPU_ENGINE = Engine(
@@ -174,7 +184,11 @@ V2_ENGINE = Engine(
     compat=("compat.py", "compat_v2.py"),
     hooks=V2_HOST_METHODS,
     modules_worker_cls="vllm_specplus.engine.worker_v2.ModulesWorker",
-    lacks=frozenset({"draft+draft"}),
+    drafts_itself=(
+        *("ngram", "draft", "mtp", "mtp3", "eagle", "eagle3"),
+        *("draft+ngram", "eagle+ngram", "eagle3+ngram", "mtp+ngram", "mtp3+ngram"),
+        *("medusa", "medusa+ngram"),
+    ),
 )
 V2_CPU_ENGINE = replace(
     V2_ENGINE,

@@ -32,7 +32,6 @@ class MedusaTreeSpeculator(NgramTreeSpeculator):
     """
 
     heads: MedusaHeads
-    model_state: Any
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
@@ -53,10 +52,9 @@ class MedusaTreeSpeculator(NgramTreeSpeculator):
             self._by_rank = torch.tensor(nodes, device=device).T
             self._num = max(path[-1] for path in paths) + 1
 
-    def load_model(self, target: torch.nn.Module, model_state: Any) -> None:
-        """Loads the heads beside the target. model_state: knows the accepted paths."""
+    def load_model(self, target: torch.nn.Module) -> None:
+        """Loads the heads beside the target."""
         self.heads = load_beside(self.config, target, self._vllm_config, self._device)
-        self.model_state = model_state
 
     def propose(
         self,

@@ -28,8 +28,8 @@ from vllm_specplus.engine.drafters.modules import (
 from vllm_specplus.engine.drafters.paged import PagedLayers
 from vllm_specplus.errors import NotBuiltError
 from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.proposers.by_level import LevelProposer
 from vllm_specplus.proposers.levels import HiddenStates, Outputs, likeliest
-from vllm_specplus.proposers.mtp import MtpProposer
 
 
 class PagedModel(PagedLayers):
@@ -143,7 +143,7 @@ def paged_eagle(target: Any, vllm_config: VllmConfig, num_levels: int) -> PagedM
 def reads_aux_hidden_states(proposer: Proposer, vllm_config: VllmConfig) -> bool:
     """Whether a proposer drafts with an EAGLE-3 head that starts from hidden states of several
     target layers, as these do unless their config says otherwise."""
-    if not (isinstance(proposer, MtpProposer) and proposer.drafter.name == "eagle3"):
+    if not (isinstance(proposer, LevelProposer) and proposer.drafter.name == "eagle3"):
         return False
     draft = vllm_config.speculative_config.draft_model_config.hf_config
     return bool((getattr(draft, "eagle_config", None) or {}).get("use_aux_hidden_state", True))

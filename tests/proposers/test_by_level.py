@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vllm_specplus.proposers.base import DraftRequest
-from vllm_specplus.proposers.mtp import _Draft, _Request
+from vllm_specplus.proposers.by_level import _Draft, _Request
 from vllm_specplus.proposers.sources import SourceCells
 
 MATCHES = {(): {5: 0.4, 9: 0.3}, (5,): {6: 0.5}, (9,): {}, (5, 6): {}}

@@ -21,16 +21,16 @@ from vllm_specplus.engine.drafters.models_v1 import (
 )
 from vllm_specplus.engine.drafters.packed import gathered_rows, pack, packed_linear
 from vllm_specplus.engine.drafters.paged import PagedLayers
+from vllm_specplus.proposers.by_level import LevelProposer
 from vllm_specplus.proposers.heads.checkpoint import HeadsCheckpoint, load_heads
 from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.int8 import drafting_dtype
 from vllm_specplus.proposers.heads.mtp import MTPHeads
 from vllm_specplus.proposers.levels import HiddenStates, Outputs, likeliest
-from vllm_specplus.proposers.mtp import MtpProposer
 
 
 def load_draft_model(
-    proposer: MtpProposer, target: Any, vllm_config: VllmConfig, number: int
+    proposer: LevelProposer, target: Any, vllm_config: VllmConfig, number: int
 ) -> PagedHeads | PagedModel:
     """What runs the levels of a proposer, the one of this number."""
     config, drafter = proposer.config, proposer.drafter

@@ -36,7 +36,7 @@ from vllm_specplus.core.growth import MAX_FRONTIER, NUM_CHILDREN, Candidates, Pa
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import Expectations
 from vllm_specplus.proposers.level_gate import LevelGate, Prospect
-from vllm_specplus.proposers.levels import MAX_NODES, DraftModel, HiddenStates, RequestRows
+from vllm_specplus.proposers.levels import MAX_LEVEL_NODES, DraftModel, HiddenStates, RequestRows
 from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import SourceCells, Sources
@@ -155,7 +155,7 @@ class _Draft:
         have run, as n-grams may go on after others."""
         self._drafted.update(zip(self.frontier, children, strict=True))
         depth = level + 1
-        room = min(self.request.num_slots - self._end(depth), MAX_NODES)
+        room = min(self.request.num_slots - self._end(depth), MAX_LEVEL_NODES)
         before, nodes = self.frontier, dict[Path, None]()
         self.frontier, self.level_tokens = {}, 0.0
         grown = self.grow(depth)
@@ -188,7 +188,7 @@ class _Draft:
 
 
 @register(*MODELS, *(f"{name}+ngram" for name in MODELS))
-class MtpProposer(Proposer):
+class LevelProposer(Proposer):
     """Chains and trees of what drafts level by level, with n-gram matches where they are asked for.
 
     drafter: the method and its path, None for the target's own modules. model: what runs it; the
