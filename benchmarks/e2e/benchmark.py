@@ -37,6 +37,7 @@ class Options:
     max_tokens: int = 128
     temperature: float = 0.0
     repeats: int = 1
+    per_place: int = 1
     dtype: str = "auto"
     max_model_len: int = 2048
     enforce_eager: bool = False
@@ -52,7 +53,7 @@ class Options:
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more")
         for batch_size in self.batch_sizes:
-            make_groups(len(self.prompts), batch_size)
+            make_groups(len(self.prompts), batch_size, self.per_place)
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -111,6 +112,7 @@ def _make_plan(options: Options, plain: EngineProcess) -> Plan:
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         repeats=options.repeats,
+        per_place=options.per_place,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from benchmarks.e2e.methods import Method
@@ -29,12 +30,13 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Prompts that are submitted together, as token ids, and one sampling seed for each."""
+    """Prompts as token ids, and one sampling seed for each; `size` of them run at a time."""
 
     prompt_ids: Sequence[Sequence[int]]
     seeds: Sequence[int]
     max_tokens: int
     temperature: float
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +123,28 @@ class Engine:
             )
             for seed in batch.seeds
         ]
-        prompts: Any = [{"prompt_token_ids": list(ids)} for ids in batch.prompt_ids]
         self.llm.reset_prefix_cache()
         before = self._counters()
         start = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        token_ids = self._run(batch, params)
         seconds = time.perf_counter() - start
-        token_ids = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
         return Generated(seconds, token_ids, self._counters().since(before))
+
+    def _run(self, batch: Batch, params: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        """The new tokens of each prompt; where one ends the next begins."""
+        engine = self.llm.llm_engine
+        waiting, running = iter(zip(batch.prompt_ids, params, strict=True)), 0
+        done: dict[int, tuple[int, ...]] = {}
+        while len(done) < len(params):
+            for prompt_ids, settings in islice(waiting, batch.size - running):
+                prompt: Any = {"prompt_token_ids": list(prompt_ids)}
+                engine.add_request(str(len(done) + running), prompt, settings)
+                running += 1
+            for output in engine.step():
+                if output.finished:
+                    done[int(output.request_id)] = tuple(output.outputs[0].token_ids)
+                    running -= 1
+        return tuple(done[index] for index in range(len(params)))
 
     def top_logits(self, prompt_ids: Sequence[int], count: int) -> list[tuple[int, float]]:
         """The `count` largest logits after `prompt_ids` as (token id, logit), largest first."""

@@ -41,6 +41,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=128, help="every text gets exactly this many tokens")
     add("--temperature", type=float, default=0.0)
     add("--repeats", type=int, default=1, help="how often each group of prompts is measured")
+    add(
+        "--per-place",
+        type=int,
+        default=1,
+        metavar="N",
+        help="prompts that follow each other in every place of a batch; 1: it ends with its slowest",
+    )
     add("--max-model-len", type=int, default=2048, help="longer prompts are cut")
     add("--dtype", default="auto")
     add("--kv-cache-mib", type=int, default=1024, help="of each engine")
@@ -59,6 +66,7 @@ def make_options(arguments: argparse.Namespace) -> Options:
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         repeats=arguments.repeats,
+        per_place=arguments.per_place,
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
         enforce_eager=arguments.enforce_eager,

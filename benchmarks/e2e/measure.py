@@ -25,14 +25,16 @@ class Plan:
     max_tokens: int
     temperature: float
     repeats: int = 1
+    per_place: int = 1
 
-    def batch(self, group: Sequence[int], max_tokens: int | None = None) -> Batch:
-        """The batch of these prompt indices; a prompt's seed is its index."""
+    def batch(self, group: Sequence[int], size: int, max_tokens: int | None = None) -> Batch:
+        """These prompt indices, `size` at a time; a prompt's seed is its index."""
         return Batch(
             prompt_ids=[self.prompt_ids[i] for i in group],
             seeds=list(group),
             max_tokens=max_tokens or self.max_tokens,
             temperature=self.temperature,
+            size=size,
         )
 
 
@@ -71,7 +73,7 @@ def make_rounds(plan: Plan) -> list[Round]:
         Round(batch_size, repeat, index, group)
         for batch_size in plan.batch_sizes
         for repeat in range(plan.repeats)
-        for index, group in enumerate(make_groups(len(plan.prompt_ids), batch_size))
+        for index, group in enumerate(make_groups(len(plan.prompt_ids), batch_size, plan.per_place))
     ]
 
 
@@ -89,7 +91,9 @@ def warm_up(engines: Mapping[str, EngineProcess], plan: Plan) -> Iterator[None]:
     for batch_size in plan.batch_sizes:
         group = make_groups(len(plan.prompt_ids), batch_size)[-1]
         for engine in engines.values():
-            engine.call("generate", plan.batch(group, min(WARMUP_TOKENS, plan.max_tokens)))
+            engine.call(
+                "generate", plan.batch(group, batch_size, min(WARMUP_TOKENS, plan.max_tokens))
+            )
             yield
 
 
@@ -102,7 +106,7 @@ def measure(
     runs = []
     for number, round_ in enumerate(make_rounds(plan)):
         for label in rotated(list(engines), number):
-            generated = engines[label].call("generate", plan.batch(round_.group))
+            generated = engines[label].call("generate", plan.batch(round_.group, round_.batch_size))
             runs.append(Run(label, round_, generated))
             on_run(runs[-1])
     return runs

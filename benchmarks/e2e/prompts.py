@@ -37,15 +37,17 @@ def first_of_each(prompts: Sequence[Prompt], categories: Sequence[str]) -> list[
     return [next(p for p in prompts if p.category == category) for category in categories]
 
 
-def make_groups(num_prompts: int, batch_size: int) -> list[tuple[int, ...]]:
-    """Split prompt indices into groups of exactly `batch_size`; the last wraps to the start."""
-    if not 1 <= batch_size <= num_prompts:
+def make_groups(num_prompts: int, batch_size: int, per_place: int = 1) -> list[tuple[int, ...]]:
+    """Split prompt indices into groups of exactly `batch_size * per_place`; the last wraps."""
+    size = batch_size * per_place
+    if not 1 <= size <= num_prompts:
+        times = f" with {per_place} prompts per place" if per_place != 1 else ""
         raise ValueError(
-            f"batch size {batch_size} must be from 1 to {num_prompts}, the number of prompts; "
-            "take other batch sizes or more prompts"
+            f"batch size {batch_size}{times} must take from 1 to {num_prompts} prompts, their "
+            "number; take other batch sizes or more prompts"
         )
-    starts = range(0, num_prompts, batch_size)
-    return [tuple((start + i) % num_prompts for i in range(batch_size)) for start in starts]
+    starts = range(0, num_prompts, size)
+    return [tuple((start + i) % num_prompts for i in range(size)) for start in starts]
 
 
 def _parse_line(path: Path, line: str) -> Prompt:

@@ -117,6 +117,7 @@ def to_json(result: Result) -> dict[str, Any]:
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "repeats": options.repeats,
+            "per_place": options.per_place,
             "max_model_len": options.max_model_len,
             "enforce_eager": options.enforce_eager,
         },

@@ -112,6 +112,9 @@ def test_a_prompt_file_of_another_form_is_refused(tmp_path: Path) -> None:
 
 def test_groups_are_full_and_cover_all_prompts() -> None:
     assert make_groups(5, 2) == [(0, 1), (2, 3), (4, 0)]
+    assert make_groups(6, 2, per_place=2) == [(0, 1, 2, 3), (4, 5, 0, 1)]
+    with pytest.raises(ValueError, match="batch size 2 with 3 prompts per place must take"):
+        make_groups(5, 2, per_place=3)
     for batch_size in (0, 6):
         with pytest.raises(ValueError, match=f"batch size {batch_size}"):
             make_groups(5, batch_size)

@@ -54,24 +54,25 @@ def test_generate_measures_and_compares(model: Path, tmp_path: Path) -> None:
         "--max-model-len",
         str(MAX_MODEL_LEN),
     ]
-    sizes = ["--limit", "3", "--batch-sizes", "1", "2", "--kv-cache-mib", "64"]
+    sizes = ["--limit", "4", "--batch-sizes", "1", "2", "--per-place", "2", "--kv-cache-mib", "64"]
     methods = ["--methods", "plain", "native-ngram:K=3:max=2:min=1"]
     code = main(["--model", str(model), *limits, *sizes, *methods, "--json", str(out)])
     data = json.loads(out.read_text())
     assert code == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert [(r["batch_size"], r["num_rounds"]) for r in data["rows"]] == [
-        *[(1, 3)] * 2,
-        *[(2, 2)] * 2,
+        *[(1, 2)] * 2,
+        *[(2, 1)] * 2,
     ]
     for row in data["rows"]:
-        assert row["num_tokens"] == row["num_rounds"] * row["batch_size"] * MAX_TOKENS
+        assert row["num_tokens"] == 2 * row["num_rounds"] * row["batch_size"] * MAX_TOKENS
+    assert {run["steps"] for run in data["rounds"] if run["method"] == "plain"} == {2 * MAX_TOKENS}
     plain, ngram = data["rows"][:2]
     assert (plain["acceptance_length"], plain["drafts"]) == (1, 0)
     assert 0 < ngram["accepted"] < ngram["drafted"] <= 3 * ngram["drafts"]
     assert ngram["acceptance_length"] > 1 and len(ngram["acceptance_per_depth"]) <= 3
     assert ngram["accepted"] == round(sum(ngram["acceptance_per_depth"]) * ngram["drafts"])
-    assert [e["num_equal"] for e in data["equality"]] == [3, 3, 3]
+    assert [e["num_equal"] for e in data["equality"]] == [4, 4, 4]
 
 
 def test_an_engine_that_cannot_start_says_why(
@@ -85,7 +86,7 @@ def test_an_engine_that_cannot_start_says_why(
 
 def test_a_mistake_in_the_options_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "M", "--limit", "4", "--batch-sizes", "8"]) == 2
-    assert "batch size 8 must be from 1 to 4" in capsys.readouterr().out
+    assert "batch size 8 must take from 1 to 4 prompts" in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_no_process(model: Path) -> None:
