@@ -262,7 +262,7 @@ def test_stock_arguments_are_not_touched(arguments: dict[str, Any]) -> None:
         (
             NotBuiltError,
             {**TREE, "speculative_model": "[ngram+suffix]"},
-            "trees of [ngram], [lookahead]",
+            "trees of [ngram], [draft]",
         ),
         (NotBuiltError, {**TREE, "speculative_verify": "typical"}, "use 'auto' or 'match'"),
         (NotBuiltError, {"speculative_model": "[ngram]", "speculative_verify": "match"}, "'block'"),
