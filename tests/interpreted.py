@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
+from triton import language as tl
 from triton.runtime import interpreter
 
 # It computes for every sum whether that overflowed, and without `debug` looks at none of it.
@@ -35,3 +37,34 @@ def _get_np_dtype(tt_dtype: Any) -> np.dtype:
 
 
 interpreter._get_np_dtype = _get_np_dtype
+
+
+@cache
+def _sized(shape: tuple[int, ...]) -> tuple[tl.tuple, tl.constexpr]:
+    return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(prod(shape))
+
+
+def _init_tensor(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+    """It makes the constants of a shape anew for every value."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _sized(tuple(type.shape) if type.is_block() else ())
+
+
+tl.tensor.__init__ = _init_tensor
+
+_init_checked = tl.block_type.__init__
+
+
+_of_blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+
+def _init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    """It checks a block's shape and writes its name anew for every value."""
+    sizes = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
+    if (element_ty.name, sizes) not in _of_blocks:
+        _init_checked(self, element_ty, [*sizes])
+        _of_blocks[element_ty.name, sizes] = vars(self).copy()
+    vars(self).update(_of_blocks[element_ty.name, sizes], element_ty=element_ty)
+
+
+tl.block_type.__init__ = _init_block_type

@@ -136,7 +136,7 @@ def test_every_method_is_first_in_turn() -> None:
     [
         ({"max_tokens": 64}, "max_tokens=64 must be from 1 to"),
         ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"batch_sizes": (1, 3)}, "batch size 3 must be from 1 to 2"),
+        ({"batch_sizes": (1, 3)}, "batch size 3 must take from 1 to 2"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
