@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="prompts that follow each other in every place of a batch; 1: it ends with its slowest",
+        help="prompts that follow each other in a place of a batch; 1: it ends with its slowest",
     )
     add("--max-model-len", type=int, default=2048, help="longer prompts are cut")
     add("--dtype", default="auto")
