@@ -344,8 +344,8 @@ def _check_built(config: SpecPlusConfig, engine: Engine, model: str) -> None:
             f"there are chains of {chains}, and static and dynamic trees of {trees}",
         )
     medusa = any(spec.name == "medusa" for spec in config.methods)
-    drawn = any(METHODS[spec.name].model != "none" for spec in config.methods)
-    drawn &= len(config.methods) > 1 and not isinstance(config.tree, StaticTree)
+    drawn = len(config.methods) > 1 and not isinstance(config.tree, StaticTree)
+    drawn = drawn and any(map(_by_level, config.methods))
     more = LOSSY_RULES if medusa else DRAWN_RULES if drawn else ()
     rules = TREE_RULES + (() if engine is CPU_ENGINE else more)
     if config.verify not in rules:
