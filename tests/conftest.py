@@ -1,4 +1,4 @@
-"""Environment of all tests, set before vLLM and Triton load.
+"""Environment of all tests, set before torch, vLLM and Triton load.
 
 One thread, in-process engines, quiet logs; Triton kernels run in its interpreter where no GPU is.
 """
@@ -8,11 +8,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 for name, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -28,6 +23,13 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+# isort: split
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,7 +59,10 @@ Chat = Annotated[bool, typer.Option(help="Put prompts into the model's chat temp
 TextOnly = Annotated[bool, typer.Option(help="End when the text is written.")]
 DraftVocab = Annotated[int, typer.Option(min=1, help="Tokens that can be drafted.")]
 Start = Annotated[str | None, typer.Option(help="Heads to go on from.")]
-FP32 = Annotated[bool, typer.Option(help="Compute in float32, not bfloat16.")]
+FP32 = Annotated[
+    bool,
+    typer.Option(help="Write text and compute in float32: CPUs without AVX-512 need it."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a step.")]
 LearningRate = Annotated[float, typer.Option(min=0, help="At its highest.")]
 HeadRows = Annotated[int, typer.Option(min=1, help="Rows of the head in the loss.")]

@@ -151,6 +151,7 @@ def _write_text(options: TrainOptions, show: OnProgress) -> Text:
             options.new_tokens,
             chat=options.chat,
             seed=options.fit.seed + len(file.samples),
+            dtype="float32" if options.fit.compute == "float32" else "auto",
         )
         for samples in writer.held_out(held_out, len(written(True))):
             file.add(samples)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_specplus.train.text import MIX, Prompt, Sample
+
+if TYPE_CHECKING:
+    from vllm.config.model import ModelDType
 
 _WAVE = 128
 """Prompts that are given to vLLM at once; after each wave the caller keeps the samples."""
@@ -17,7 +20,14 @@ class Writer:
     """A vLLM engine that continues prompts; close it before the device is needed for training."""
 
     def __init__(
-        self, model: str, prompt_tokens: int, new_tokens: int, chat: bool, seed: int
+        self,
+        model: str,
+        prompt_tokens: int,
+        new_tokens: int,
+        *,
+        chat: bool,
+        seed: int,
+        dtype: ModelDType = "auto",
     ) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -26,6 +36,7 @@ class Writer:
         memory = {"gpu_memory_utilization": _CPU_MEMORY} if current_platform.is_cpu() else {}
         self.llm = LLM(
             model=model,
+            dtype=dtype,
             max_model_len=prompt_tokens + new_tokens,
             seed=seed,
             enforce_eager=True,
