@@ -68,3 +68,90 @@ def _init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> N
 
 
 tl.block_type.__init__ = _init_block_type
+
+_semantic = interpreter.interpreter_semantic
+_broadcast, _computation_type = _semantic.broadcast_impl_value, _semantic.computation_type_impl
+_scalar_constant = _semantic.scalar_constant
+_of_operands: dict[tuple[Any, ...], tl.dtype] = {}
+_of_scalars: dict[tuple[Any, ...], np.ndarray] = {}
+
+
+def _broadcast_impl_value(lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """It compares equal shapes as constants, one size after the other."""
+    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast(lhs, rhs)
+
+
+def _computation_type_impl(a: tl.dtype, a_scalar: bool, b: tl.dtype, *rest: bool) -> tl.dtype:
+    """It promotes two types anew for every two values."""
+    key = (a.name, a_scalar, b.name, *rest)
+    if key not in _of_operands:
+        _of_operands[key] = _computation_type(a, a_scalar, b, *rest)
+    return _of_operands[key]
+
+
+def _scalar(value: Any, dtype: tl.dtype) -> tl.tensor:
+    """It makes a literal anew wherever a kernel has one."""
+    key = (type(value), repr(value), dtype.name)
+    if key not in _of_scalars:
+        _of_scalars[key] = _scalar_constant(value, dtype).handle.data
+        _of_scalars[key].setflags(write=False)
+    return tl.tensor(interpreter.TensorHandle(_of_scalars[key], dtype), dtype)
+
+
+_semantic.broadcast_impl_value = _broadcast_impl_value
+_semantic.computation_type_impl = _computation_type_impl
+_semantic.scalar_constant = _scalar
+
+interpreter._patch_lang(_scalar)  # `tl.tensor` has the interpreter's operators from here on
+
+_INTEGERS = frozenset({"int32", "int64"})
+_OPERATORS = {
+    "__add__": np.add,
+    "__radd__": np.add,
+    "__sub__": np.subtract,
+    "__mul__": np.multiply,
+    "__rmul__": np.multiply,
+    "__lt__": np.less,
+    "__le__": np.less_equal,
+    "__gt__": np.greater,
+    "__ge__": np.greater_equal,
+    "__eq__": np.equal,
+    "__ne__": np.not_equal,
+}
+
+
+def _operator(name: str, ufunc: np.ufunc) -> Any:
+    """It takes forty microseconds for what numpy does in one. Numpy is asked at once where operands
+    are of one type, or one is a literal, and for a pointer and its offset."""
+    slow, compares = getattr(tl.tensor, name), isinstance(ufunc(2, 1), np.bool_)
+
+    def operator(self: tl.tensor, other: Any) -> tl.tensor:
+        kind = self.dtype.name
+        if isinstance(other, tl.constexpr):
+            other = other.value
+        if type(other) is int and kind in _INTEGERS and -(2**31) <= other < 2**31:
+            other = _scalar(other, self.dtype)
+        if type(other) is not tl.tensor or not _fits(self, other):
+            return slow(self, other)
+        if other.dtype.name == kind and (kind in _INTEGERS or kind == "fp32"):
+            type_ = self.type
+            if compares:
+                type_ = type_.with_element_ty(tl.int1) if type_.is_block() else tl.int1
+            data = ufunc(self.handle.data, other.handle.data)
+            return tl.tensor(interpreter.TensorHandle(data, self.handle.dtype), type_)
+        if ufunc is np.add and self.dtype.is_ptr() and other.dtype.name in _INTEGERS:
+            handle = interpreter.interpreter_builder.create_addptr(self.handle, other.handle)
+            return tl.tensor(handle, self.type)
+        return slow(self, other)
+
+    operator.__wrapped__ = slow  # type: ignore[attr-defined]
+    return operator
+
+
+def _fits(lhs: tl.tensor, rhs: tl.tensor) -> bool:
+    """Whether what comes out has the shape of `lhs`."""
+    return lhs.shape is rhs.shape or not rhs.type.is_block()
+
+
+for _name, _ufunc in _OPERATORS.items():
+    setattr(tl.tensor, _name, _operator(_name, _ufunc))

@@ -51,6 +51,8 @@ class Counters:
     drafted: int
     accepted: int
     accepted_per_depth: tuple[int, ...]
+    draft_seconds: float = 0.0
+    """In which our proposers drafted; nobody counts it for vLLM's own."""
 
     def since(self, earlier: Counters) -> Counters:
         """What has been counted since `earlier`."""
@@ -63,6 +65,7 @@ class Counters:
             self.drafted - earlier.drafted,
             self.accepted - earlier.accepted,
             tuple(now - then for now, then in per_depth),
+            self.draft_seconds - earlier.draft_seconds,
         )
 
 
@@ -162,13 +165,16 @@ class Engine:
         metrics = {metric.name: metric for metric in self.llm.get_metrics()}
 
         def read(name: str, attribute: str = "value", default: Any = 0) -> Any:
-            return getattr(metrics.get(f"vllm:{name}"), attribute, default)
+            return getattr(metrics.get(name), attribute, default)
 
         return Counters(
-            steps=read("iteration_tokens_total", "count"),
-            decode_steps=read("inter_token_latency_seconds", "count"),
-            drafts=read("spec_decode_num_drafts"),
-            drafted=read("spec_decode_num_draft_tokens"),
-            accepted=read("spec_decode_num_accepted_tokens"),
-            accepted_per_depth=tuple(read("spec_decode_num_accepted_tokens_per_pos", "values", ())),
+            steps=read("vllm:iteration_tokens_total", "count"),
+            decode_steps=read("vllm:inter_token_latency_seconds", "count"),
+            drafts=read("vllm:spec_decode_num_drafts"),
+            drafted=read("vllm:spec_decode_num_draft_tokens"),
+            accepted=read("vllm:spec_decode_num_accepted_tokens"),
+            accepted_per_depth=tuple(
+                read("vllm:spec_decode_num_accepted_tokens_per_pos", "values", ())
+            ),
+            draft_seconds=read("vllm_specplus:draft_seconds"),
         )

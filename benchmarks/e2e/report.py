@@ -75,14 +75,20 @@ def speed_table(rows: Sequence[Row]) -> Table:
 def drafts_table(rows: Sequence[Row]) -> Table:
     """What became of the drafts of each method and batch size."""
     table = _table(
-        ("acceptance\nlength", "accepted at\ndepth 1, 2, ...", "\ndrafted", "\naccepted")
+        (
+            "acceptance\nlength",
+            "accepted at\ndepth 1, 2, ...",
+            "nodes\na round",
+            "ms a step\nwhole",
+            "\ndrafting",
+        )
     )
     for row in rows:
         if row.method != PLAIN:
             shares = [f"{share:.2f}" for share in row.acceptance_per_depth]
             per_depth = " ".join([*shares[:_DEPTHS_SHOWN], *["..."][: len(shares) > _DEPTHS_SHOWN]])
-            counts = str(row.drafted), str(row.accepted)
-            table.add_row(*_name_cells(row), f"{row.acceptance_length:.2f}", per_depth, *counts)
+            costs = f"{row.nodes:.2f}", f"{row.step_ms:.1f}", f"{row.draft_ms:.1f}"
+            table.add_row(*_name_cells(row), f"{row.acceptance_length:.2f}", per_depth, *costs)
     return table
 
 

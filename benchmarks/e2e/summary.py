@@ -43,6 +43,10 @@ class Row:
     drafts: int
     drafted: int
     accepted: int
+    nodes: float
+    """Draft tokens verified per decoding step and request."""
+    draft_ms: float
+    """Of a step, in which our proposer drafted; 0 for vLLM's own, which nobody times."""
     num_tokens: int
     seconds: float
 
@@ -84,6 +88,8 @@ def _make_row(runs: Sequence[Run], plain: dict[Round, Run]) -> Row:
         drafts=drafts,
         drafted=sum(c.drafted for c in counters),
         accepted=sum(c.accepted for c in counters),
+        nodes=sum(c.drafted for c in counters) / max(decode_steps, 1),
+        draft_ms=1000 * sum(c.draft_seconds for c in counters) / sum(c.steps for c in counters),
         num_tokens=num_tokens,
         seconds=seconds,
     )

@@ -43,7 +43,7 @@ def make_run(
 ) -> Run:
     """A run of one group; a step of the engine decodes for every request, the first one fills."""
     group = tuple(range(index, index + len(texts)))
-    counters = Counters(steps + 1, steps * len(texts), *drafts)
+    counters = Counters(steps + 1, steps * len(texts), *drafts, draft_seconds=seconds / 100)
     return Run(method, Round(len(texts), 0, index, group), Generated(seconds, texts, counters))
 
 
@@ -83,11 +83,12 @@ def test_rows_pair_rounds_with_plain() -> None:
     assert ours.acceptance_length == pytest.approx((8 - 2) / 3)
     assert ours.acceptance_per_depth == (0.5, 0.25)
     assert (ours.drafts, ours.drafted, ours.accepted) == (4, 6, 3)
+    assert (ours.nodes, ours.draft_ms) == pytest.approx((6 / 3, 10 * 3 / 5))
 
 
 def test_counters_count_from_a_point_in_time() -> None:
-    before, after = Counters(1, 2, 3, 4, 5, ()), Counters(11, 22, 33, 44, 55, (3, 2))
-    assert after.since(before) == Counters(10, 20, 30, 40, 50, (3, 2))
+    before, after = Counters(1, 2, 3, 4, 5, (), 6.0), Counters(11, 22, 33, 44, 55, (3, 2), 66.0)
+    assert after.since(before) == Counters(10, 20, 30, 40, 50, (3, 2), 60.0)
     assert after.since(after) == Counters(0, 0, 0, 0, 0, (0, 0))
 
 
@@ -158,7 +159,7 @@ def test_the_tables_name_all_that_was_measured() -> None:
     lines = [line.split() for line in text.splitlines()]
     assert [line for line in lines if line[:1] == [OURS]] == [
         [OURS, "1", "2.4", "3.0", "3.6", "3.20", "3.50", "3.80"],
-        [OURS, "1", "2.00", "0.50", "0.25", "6", "3"],
+        [OURS, "1", "2.00", "0.50", "0.25", "2.00", "600.0", "6.0"],
         f"{OURS} at batch 1: 1 of 2 texts equal those of plain, 1 leave at a near-tie".split(),
     ]
     assert "prompt 91: token 2 is 9 instead of 7, logit gap 0.2500" in text

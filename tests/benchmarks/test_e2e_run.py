@@ -55,24 +55,26 @@ def test_generate_measures_and_compares(model: Path, tmp_path: Path) -> None:
         str(MAX_MODEL_LEN),
     ]
     sizes = ["--limit", "4", "--batch-sizes", "1", "2", "--per-place", "2", "--kv-cache-mib", "64"]
-    methods = ["--methods", "plain", "native-ngram:K=3:max=2:min=1"]
+    methods = ["--methods", "plain", "native-ngram:K=3:max=2:min=1", "[ngram]:K=3:tree=dynamic:4"]
     code = main(["--model", str(model), *limits, *sizes, *methods, "--json", str(out)])
     data = json.loads(out.read_text())
     assert code == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert [(r["batch_size"], r["num_rounds"]) for r in data["rows"]] == [
-        *[(1, 2)] * 2,
-        *[(2, 1)] * 2,
+        *[(1, 2)] * 3,
+        *[(2, 1)] * 3,
     ]
     for row in data["rows"]:
         assert row["num_tokens"] == 2 * row["num_rounds"] * row["batch_size"] * MAX_TOKENS
     assert {run["steps"] for run in data["rounds"] if run["method"] == "plain"} == {2 * MAX_TOKENS}
-    plain, ngram = data["rows"][:2]
+    plain, ngram, ours = data["rows"][:3]
     assert (plain["acceptance_length"], plain["drafts"]) == (1, 0)
     assert 0 < ngram["accepted"] < ngram["drafted"] <= 3 * ngram["drafts"]
     assert ngram["acceptance_length"] > 1 and len(ngram["acceptance_per_depth"]) <= 3
     assert ngram["accepted"] == round(sum(ngram["acceptance_per_depth"]) * ngram["drafts"])
-    assert [e["num_equal"] for e in data["equality"]] == [4, 4, 4]
+    assert plain["draft_ms"] == ngram["draft_ms"] == 0 < ours["draft_ms"] < ours["step_ms"]
+    assert 0 < ours["nodes"] <= 4
+    assert [e["num_equal"] for e in data["equality"]] == [4] * 5
 
 
 def test_an_engine_that_cannot_start_says_why(
