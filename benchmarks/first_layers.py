@@ -11,16 +11,20 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
-def main(model: str, num_layers: str, out: str) -> None:
-    """Writes the draft model, with the target's embedding, head and tokenizer."""
-    Path(out).mkdir(parents=True)
+def main(model: str, num_layers: int, out: Path) -> None:
+    """Writes the draft model, with the target's embedding, head and tokenizer, for use here: the
+    target's licence goes with it."""
     config = AutoConfig.from_pretrained(model)
-    config.num_hidden_layers = int(num_layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    AutoModelForCausalLM.from_pretrained(model, config=config, dtype="auto").save_pretrained(out)
+    text = config.get_text_config()
+    if not 0 < num_layers < text.num_hidden_layers:
+        raise ValueError(f"{num_layers} layers: {model} has {text.num_hidden_layers}, take fewer")
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    draft = AutoModelForCausalLM.from_pretrained(model, config=config, dtype="auto")
+    draft.save_pretrained(out)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

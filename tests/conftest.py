@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
+
 for name, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -25,8 +27,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 # isort: split
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

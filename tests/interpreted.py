@@ -1,7 +1,8 @@
 """Triton's interpreter without the work that it does again at every call or drops: import it once
 TRITON_INTERPRET is set, before kernels run.
 
-What kernels compute stays as it is: the same operations, in the same order, on the same types.
+What kernels compute stays as it is: the same operations, in the same order, on the same types
+(tests/test_interpreted.py). It changes `triton.language` for the whole process.
 Seen to fail, in tests/kernels: types told apart by the first letters of their names.
 """
 
@@ -70,47 +71,52 @@ def _init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> N
 tl.block_type.__init__ = _init_block_type
 
 _semantic = interpreter.interpreter_semantic
-_broadcast, _computation_type = _semantic.broadcast_impl_value, _semantic.computation_type_impl
-_scalar_constant = _semantic.scalar_constant
-_of_operands: dict[tuple[Any, ...], tl.dtype] = {}
-_of_scalars: dict[tuple[Any, ...], np.ndarray] = {}
+_broadcast_anew = _semantic.broadcast_impl_value
+_promote_anew = _semantic.computation_type_impl
+_literal_anew = _semantic.scalar_constant
+_promoted: dict[tuple[Any, ...], tl.dtype] = {}
+_literals: dict[tuple[Any, ...], np.ndarray] = {}
 
 
-def _broadcast_impl_value(lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _broadcast(lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """It compares equal shapes as constants, one size after the other."""
-    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast(lhs, rhs)
+    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast_anew(lhs, rhs)
 
 
-def _computation_type_impl(a: tl.dtype, a_scalar: bool, b: tl.dtype, *rest: bool) -> tl.dtype:
+def _promote(a: tl.dtype, a_literal: bool, b: tl.dtype, b_literal: bool, divides: bool) -> tl.dtype:
     """It promotes two types anew for every two values."""
-    key = (a.name, a_scalar, b.name, *rest)
-    if key not in _of_operands:
-        _of_operands[key] = _computation_type(a, a_scalar, b, *rest)
-    return _of_operands[key]
+    key = (a.name, a_literal, b.name, b_literal, divides)
+    if key not in _promoted:
+        _promoted[key] = _promote_anew(a, a_literal, b, b_literal, divides)
+    return _promoted[key]
 
 
-def _scalar(value: Any, dtype: tl.dtype) -> tl.tensor:
+def _literal(value: Any, dtype: tl.dtype) -> tl.tensor:
     """It makes a literal anew wherever a kernel has one."""
     key = (type(value), repr(value), dtype.name)
-    if key not in _of_scalars:
-        _of_scalars[key] = _scalar_constant(value, dtype).handle.data
-        _of_scalars[key].setflags(write=False)
-    return tl.tensor(interpreter.TensorHandle(_of_scalars[key], dtype), dtype)
+    if key not in _literals:
+        _literals[key] = _literal_anew(value, dtype).handle.data
+        _literals[key].setflags(write=False)
+    return tl.tensor(interpreter.TensorHandle(_literals[key], dtype), dtype)
 
 
-_semantic.broadcast_impl_value = _broadcast_impl_value
-_semantic.computation_type_impl = _computation_type_impl
-_semantic.scalar_constant = _scalar
+_semantic.broadcast_impl_value = _broadcast
+_semantic.computation_type_impl = _promote
+_semantic.scalar_constant = _literal
 
-interpreter._patch_lang(_scalar)  # `tl.tensor` has the interpreter's operators from here on
+# It looks for `tl` in the globals of a kernel; those of any function of this module will do. From
+# here on `tl.tensor` has the interpreter's operators.
+interpreter._patch_lang(_literal)
 
 _INTEGERS = frozenset({"int32", "int64"})
-_OPERATORS = {
+ARITHMETIC: dict[str, np.ufunc] = {
     "__add__": np.add,
     "__radd__": np.add,
     "__sub__": np.subtract,
     "__mul__": np.multiply,
     "__rmul__": np.multiply,
+}
+COMPARISONS: dict[str, np.ufunc] = {
     "__lt__": np.less,
     "__le__": np.less_equal,
     "__gt__": np.greater,
@@ -121,21 +127,21 @@ _OPERATORS = {
 
 
 def _operator(name: str, ufunc: np.ufunc) -> Any:
-    """It takes forty microseconds for what numpy does in one. Numpy is asked at once where operands
-    are of one type, or one is a literal, and for a pointer and its offset."""
-    slow, compares = getattr(tl.tensor, name), isinstance(ufunc(2, 1), np.bool_)
+    """It takes forty microseconds for what numpy does in one. Numpy is asked at once for two values
+    of int32, int64 or float32, for integers with a literal, and for a pointer and its offset."""
+    slow = getattr(tl.tensor, name)
 
     def operator(self: tl.tensor, other: Any) -> tl.tensor:
         kind = self.dtype.name
         if isinstance(other, tl.constexpr):
             other = other.value
         if type(other) is int and kind in _INTEGERS and -(2**31) <= other < 2**31:
-            other = _scalar(other, self.dtype)
+            other = _literal(other, self.dtype)
         if type(other) is not tl.tensor or not _fits(self, other):
             return slow(self, other)
         if other.dtype.name == kind and (kind in _INTEGERS or kind == "fp32"):
             type_ = self.type
-            if compares:
+            if name in COMPARISONS:
                 type_ = type_.with_element_ty(tl.int1) if type_.is_block() else tl.int1
             data = ufunc(self.handle.data, other.handle.data)
             return tl.tensor(interpreter.TensorHandle(data, self.handle.dtype), type_)
@@ -153,5 +159,5 @@ def _fits(lhs: tl.tensor, rhs: tl.tensor) -> bool:
     return lhs.shape is rhs.shape or not rhs.type.is_block()
 
 
-for _name, _ufunc in _OPERATORS.items():
+for _name, _ufunc in (ARITHMETIC | COMPARISONS).items():
     setattr(tl.tensor, _name, _operator(_name, _ufunc))

@@ -61,7 +61,7 @@ DraftVocab = Annotated[int, typer.Option(min=1, help="Tokens that can be drafted
 Start = Annotated[str | None, typer.Option(help="Heads to go on from.")]
 FP32 = Annotated[
     bool,
-    typer.Option(help="Write text and compute in float32: CPUs without AVX-512 need it."),
+    typer.Option(help="Write text and compute in float32: faster on CPUs without AVX-512."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a step.")]
 LearningRate = Annotated[float, typer.Option(min=0, help="At its highest.")]

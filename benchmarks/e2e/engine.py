@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """vLLM's own counters: steps, and of speculative decoding drafts (trees) and tokens."""
+    """Of vLLM: steps, and of speculative decoding drafts (trees) and tokens. One is ours."""
 
     steps: int
     """Of the engine, over whatever batch it had."""
@@ -51,8 +51,8 @@ class Counters:
     drafted: int
     accepted: int
     accepted_per_depth: tuple[int, ...]
-    draft_seconds: float = 0.0
-    """In which our proposers drafted; nobody counts it for vLLM's own."""
+    draft_seconds: float | None
+    """In which drafts were made; None for vLLM's own drafters, which nobody times."""
 
     def since(self, earlier: Counters) -> Counters:
         """What has been counted since `earlier`."""
@@ -65,7 +65,9 @@ class Counters:
             self.drafted - earlier.drafted,
             self.accepted - earlier.accepted,
             tuple(now - then for now, then in per_depth),
-            self.draft_seconds - earlier.draft_seconds,
+            None
+            if self.draft_seconds is None or earlier.draft_seconds is None
+            else self.draft_seconds - earlier.draft_seconds,
         )
 
 
@@ -176,5 +178,5 @@ class Engine:
             accepted_per_depth=tuple(
                 read("vllm:spec_decode_num_accepted_tokens_per_pos", "values", ())
             ),
-            draft_seconds=read("vllm_specplus:draft_seconds"),
+            draft_seconds=read("vllm_specplus:draft_seconds", default=None),
         )

@@ -73,7 +73,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
 
 
 def drafts_table(rows: Sequence[Row]) -> Table:
-    """What became of the drafts of each method and batch size."""
+    """What became of the drafts of each method and batch size, and what they took."""
     table = _table(
         (
             "acceptance\nlength",
@@ -87,7 +87,8 @@ def drafts_table(rows: Sequence[Row]) -> Table:
         if row.method != PLAIN:
             shares = [f"{share:.2f}" for share in row.acceptance_per_depth]
             per_depth = " ".join([*shares[:_DEPTHS_SHOWN], *["..."][: len(shares) > _DEPTHS_SHOWN]])
-            costs = f"{row.nodes:.2f}", f"{row.step_ms:.1f}", f"{row.draft_ms:.1f}"
+            drafting = "-" if row.draft_ms is None else f"{row.draft_ms:.1f}"
+            costs = f"{row.nodes:.2f}", f"{row.step_ms:.1f}", drafting
             table.add_row(*_name_cells(row), f"{row.acceptance_length:.2f}", per_depth, *costs)
     return table
 

@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from benchmarks.e2e.engine import Counters
 from benchmarks.e2e.measure import Round, Run
 from benchmarks.e2e.methods import PLAIN
 
@@ -45,8 +46,8 @@ class Row:
     accepted: int
     nodes: float
     """Draft tokens verified per decoding step and request."""
-    draft_ms: float
-    """Of a step, in which our proposer drafted; 0 for vLLM's own, which nobody times."""
+    draft_ms: float | None
+    """Of a step, in which drafts were made; None where nobody times it."""
     num_tokens: int
     seconds: float
 
@@ -88,11 +89,16 @@ def _make_row(runs: Sequence[Run], plain: dict[Round, Run]) -> Row:
         drafts=drafts,
         drafted=sum(c.drafted for c in counters),
         accepted=sum(c.accepted for c in counters),
-        nodes=sum(c.drafted for c in counters) / max(decode_steps, 1),
-        draft_ms=1000 * sum(c.draft_seconds for c in counters) / sum(c.steps for c in counters),
+        nodes=sum(c.drafted for c in counters) / decode_steps if decode_steps else 0.0,
+        draft_ms=_draft_ms(counters),
         num_tokens=num_tokens,
         seconds=seconds,
     )
+
+
+def _draft_ms(counters: Sequence[Counters]) -> float | None:
+    seconds = [c.draft_seconds for c in counters if c.draft_seconds is not None]
+    return 1000 * sum(seconds) / sum(c.steps for c in counters) if seconds else None
 
 
 def _total_rate(runs: Sequence[Run]) -> float:

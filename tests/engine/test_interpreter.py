@@ -7,7 +7,6 @@ fail: the stand-in, the masks' cast and `HAS_TRITON = False` each left out; the 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,15 +166,6 @@ def tried(case: Callable[[], Any]) -> Any:
         return case()
     except Exception as error:
         return f"raised {error}"
-
-
-def test_one_thread() -> None:
-    """OpenMP reads the environment once, when torch loads: two processes of two threads each on two
-    cores take several times as long."""
-    code = "import tests.conftest, torch; print(torch.get_num_threads())"
-    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, cwd=ROOT, env=environ, text=True).strip() == "1"
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 from the folder.
 
 Sabotages that were caught: text written anew on the second call, held-out prompts trained on,
-greedy text in place of the mix, the draft vocabulary's least frequent tokens, Ctrl-C not heard or
-its handler left behind.
+greedy text in place of the mix, text in the model's bfloat16 for `--fp32`, the draft vocabulary's
+least frequent tokens, Ctrl-C not heard or its handler left behind.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from tests.engine.models import BUILDERS, WORDS, save
@@ -23,6 +25,7 @@ from vllm_specplus.proposers.heads.eagle_checkpoint import load_eagle
 from vllm_specplus.proposers.heads.files import check_fits
 from vllm_specplus.proposers.heads.medusa_checkpoint import load_medusa
 from vllm_specplus.train import command
+from vllm_specplus.train.target import Writer
 from vllm_specplus.train.text import TextFile
 from vllm_specplus.train.trainer import HeadsTrainer
 
@@ -39,7 +42,7 @@ def train(folder: Path, *options: str, out: str = "out", kind: str = "mtp3") -> 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("command")
-    save(BUILDERS["llama"](), folder / "model")
+    save(BUILDERS["llama"]().bfloat16(), folder / "model")
     rows = [
         {"prompt": " ".join(WORDS[i : i + 9]), "kind": "even" if i % 2 else "odd"}
         for i in range(NUM_PROMPTS)
@@ -49,8 +52,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_one_command(folder: Path) -> None:
+def test_one_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrote_in = []
+
+    class Watched(Writer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            wrote_in.append(self.llm.llm_engine.model_config.dtype)
+
+    monkeypatch.setattr(command, "Writer", Watched)
     result = train(folder, "--tokens", "4000", "--int8")
+    assert wrote_in == [torch.float32]
     assert result.exit_code == 0, result.output
     out = folder / "out"
     assert f'--speculative-model "[mtp3]{out}" --num-speculative-tokens 3' in result.output

@@ -138,6 +138,10 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         for part, model in zip(by_levels(self.round.proposer), self.drafter.models, strict=True):
             most, dtype = min(64, model.max_len), self.model_config.dtype
             part.measure_levels(lambda: self._time_rows(1), most, dtype)
+        if isinstance(self.round.proposer, MedusaProposer):
+            size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
+            hidden = torch.zeros(self.max_num_reqs, size, dtype=dtype)
+            self.round.proposer.measure_heads(lambda: self._time_rows(1), hidden)
 
     def _time_rows(self, rows: int) -> float:
         start = time.perf_counter()

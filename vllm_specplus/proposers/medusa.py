@@ -2,12 +2,14 @@
 
 Head k predicts the token k+2 places on, whatever lies between, so the candidates of a depth are the
 same after every node, and a path's probability is the product of its heads' probabilities (Cai et
-al. 2024, arXiv 2401.10774). n-gram matches may join as a second source.
+al. 2024, arXiv 2401.10774). n-gram matches may join as a second source. The heads run only where
+what they bring is worth the time that they take (level_gate.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp
 from typing import Protocol
@@ -15,9 +17,11 @@ from typing import Protocol
 import torch
 
 from vllm_specplus.config import SpecPlusConfig
+from vllm_specplus.core.cost import CostModel, fastest
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import Expectations
+from vllm_specplus.proposers.level_gate import LevelGate, Prospect
 from vllm_specplus.proposers.ngram import NgramProposer
 from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import SourceCells, Sources
@@ -63,47 +67,86 @@ class MedusaProposer(Proposer):
         self._ngrams = NgramProposer(config) if ngrams else None
         self._cells = SourceCells()
         self._requests: dict[str, _Request] = {}
+        self._gate = LevelGate(1)
         self._num = max(NUM_CHILDREN, *(1 + path[-1] for path in self._paths or [(0,)]))
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         state = self._requests.setdefault(req_id, _Request())
         state.hidden, state.end = hidden_states[-1].clone(), start + len(hidden_states)
 
+    def measure_heads(self, target: Callable[[], object], hidden: torch.Tensor) -> None:
+        """Times the heads after 1, 2, 4, ... of the rows, [max_num_reqs, hidden_size].
+
+        target: runs the target, whose weights have then been in the caches last, as in a step.
+        """
+
+        def heads_ms(num_rows: int) -> float:
+            target()
+            began = time.perf_counter()
+            self._best(hidden[:num_rows])
+            return 1e3 * (time.perf_counter() - began)
+
+        most = len(hidden)
+        points = sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+        self._gate.cost = CostModel(fastest(heads_ms, points))
+
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
         if not requests:
             return []
-        states = [self._requests[request.req_id] for request in requests]
+        began = time.perf_counter()
+        states = [self._settled(request) for request in requests]
+        drafts = [self._grow(request, []) for request in requests]  # of n-grams alone
+        prospects = [self._prospect(*each) for each in zip(requests, drafts, strict=True)]
+        if not self._gate.opens(0, prospects):
+            return drafts
+        found = self._best(torch.stack([state.hidden for state in states]))
+        levels = zip(requests, *(best.tolist() for best in found), strict=True)
+        drafts = [self._grow(request, _levels(*best)) for request, *best in levels]
+        tokens = [sum(draft.probs) for draft in drafts]
+        self._gate.observe(0, prospects, tokens, 1e3 * (time.perf_counter() - began))
+        return drafts
+
+    def _best(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_heads = min(self.num_heads, self.config.num_speculative_tokens)
-        hidden = torch.stack([state.hidden for state in states])
-        found = self.model.best(hidden, num_heads, self._num)
-        each = zip(requests, states, *(best.tolist() for best in found), strict=True)
-        return [self._grow(*row) for row in each]
+        return self.model.best(hidden, num_heads, self._num)
 
     def forget(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
         if self._ngrams is not None:
             self._ngrams.forget(req_id)
 
-    def _grow(
-        self,
-        request: DraftRequest,
-        state: _Request,
-        tokens: list[list[int]],
-        logprobs: list[list[float]],
-    ) -> Candidates:
-        """The tree of one request from the best tokens of each head."""
+    def _settled(self, request: DraftRequest) -> _Request:
+        """The state of a request, which has learned what became of its last drafts."""
+        state = self._requests[request.req_id]
         assert state.end == len(request.token_ids) - 1, (state.end, len(request.token_ids))
         state.expectations.settle(request.token_ids[state.num_tokens :].tolist())
         state.num_tokens = len(request.token_ids)
-        levels = [
-            {token: prob for token, prob in zip(*row, strict=True) if prob > 0}
-            for row in zip(tokens, [[exp(x) for x in row] for row in logprobs], strict=True)
-        ]
+        return state
+
+    def _prospect(self, request: DraftRequest, draft: Candidates) -> Prospect:
+        """What the heads may bring beside a draft of n-grams: they run one row of the request."""
+        known, most = sum(draft.probs), min(self.num_heads, request.max_depth)
+        return Prospect(
+            known, max(known, most), request.min_prob, request.token_ms, num_known=1, num_nodes=0
+        )
+
+    def _grow(self, request: DraftRequest, levels: Sequence[Mapping[int, float]]) -> Candidates:
+        """The tree of one request. levels: by head, the probabilities of its best tokens."""
 
         def drafted(path: Path) -> Mapping[int, float]:
             return levels[len(path)] if len(path) < len(levels) else {}
 
         votes = None if self._ngrams is None else self._ngrams.votes(request)
-        sources = Sources({"medusa": drafted}, votes, self._cells, state.expectations)
+        expectations = self._requests[request.req_id].expectations
+        sources = Sources({"medusa": drafted}, votes, self._cells, expectations)
         bounds = request.max_nodes, request.max_depth, request.min_prob
         return grow(sources.expand, *bounds, self.paths(request))
+
+
+def _levels(tokens: list[list[int]], logprobs: list[list[float]]) -> list[dict[int, float]]:
+    """Token -> probability of each head."""
+    probs = [[exp(logprob) for logprob in row] for row in logprobs]
+    return [
+        {token: prob for token, prob in zip(*row, strict=True) if prob > 0}
+        for row in zip(tokens, probs, strict=True)
+    ]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_specplus.train.text import MIX, Prompt, Sample
-
-if TYPE_CHECKING:
-    from vllm.config.model import ModelDType
 
 _WAVE = 128
 """Prompts that are given to vLLM at once; after each wave the caller keeps the samples."""
@@ -27,7 +24,7 @@ class Writer:
         *,
         chat: bool,
         seed: int,
-        dtype: ModelDType = "auto",
+        dtype: str = "auto",
     ) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform

@@ -1,0 +1,25 @@
+"""OpenMP reads its environment once, when torch loads; two processes of two threads each took, on
+two cores, twice as long as two of one. Seen to fail: torch imported before conftest.py has set it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def test_torch_has_one_thread() -> None:
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core, one thread")
+def test_torch_has_one_thread_where_the_environment_says_nothing() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    command += ["-k", test_torch_has_one_thread.__name__ + " and not environment"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
