@@ -33,7 +33,8 @@ class Heads:
         self, hidden: torch.Tensor, num_heads: int, num: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.runs, self.now = self.runs + 1, self.now + self.ms / 1e3
-        tokens = [TEXT[(self.after + k) % len(TEXT)] if self.right else 99 for k in range(num_heads)]
+        ahead = [(self.after + k) % len(TEXT) for k in range(num_heads)]
+        tokens = [TEXT[place] if self.right else 99 for place in ahead]
         shape = len(hidden), num_heads, 1
         logprobs = torch.full(shape, -0.2 if self.right else -1.2)
         return torch.tensor(tokens).view(1, num_heads, 1).expand(shape), logprobs

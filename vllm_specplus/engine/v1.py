@@ -139,8 +139,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
             most, dtype = min(64, model.max_len), self.model_config.dtype
             part.measure_levels(lambda: self._time_rows(1), most, dtype)
         if isinstance(self.round.proposer, MedusaProposer):
-            size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            hidden = torch.zeros(self.max_num_reqs, size, dtype=dtype)
+            size = min(64, self.max_num_reqs), self.model_config.get_hidden_size()
+            hidden = torch.zeros(size, dtype=self.model_config.dtype)
             self.round.proposer.measure_heads(lambda: self._time_rows(1), hidden)
 
     def _time_rows(self, rows: int) -> float:
