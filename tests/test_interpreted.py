@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from specplus_kernels import dispatch
 
-if not dispatch.HAS_TRITON or os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no Triton here, or it compiles", allow_module_level=True)
+if not dispatch.HAS_TRITON:
+    pytest.skip("no Triton in this installation", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton compiles here, for a GPU", allow_module_level=True)
 
 from triton import language as tl
 from triton.runtime.interpreter import TensorHandle, interpreter_semantic
@@ -67,6 +69,7 @@ def as_it_was() -> Any:
 
 
 def outcome(operator: Any, lhs: tl.tensor, rhs: Any) -> Any:
+    """All of a result, or the kind of error: both ways must refuse the same operands."""
     try:
         result = operator(lhs, rhs)
     except Exception as error:
@@ -79,9 +82,11 @@ def outcome(operator: Any, lhs: tl.tensor, rhs: Any) -> Any:
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize("name", interpreted.ARITHMETIC | interpreted.COMPARISONS)
 def test_operators(name: str) -> None:
-    operator = getattr(tl.tensor, name)
+    operator, outcomes = getattr(tl.tensor, name), []
     for lhs in operands(1):
         for rhs in [*operands(2), *LITERALS, *map(tl.constexpr, LITERALS)]:
             ours = outcome(operator, lhs, rhs)
             with as_it_was():
                 assert outcome(operator.__wrapped__, lhs, rhs) == ours
+            outcomes.append(ours)
+    assert sum(isinstance(ours, tuple) for ours in outcomes) > len(outcomes) / 2, "most raise"

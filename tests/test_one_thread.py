@@ -1,5 +1,5 @@
-"""OpenMP reads its environment once, when torch loads; two processes of two threads each took, on
-two cores, twice as long as two of one. Seen to fail: torch imported before conftest.py has set it.
+"""OpenMP reads its environment once, when torch loads; threads of several processes that wait for
+each other on the same cores slow all down. Seen to fail: torch imported before conftest.py sets it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def test_torch_has_one_thread() -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="one core, one thread")
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread by itself")
 def test_torch_has_one_thread_where_the_environment_says_nothing() -> None:
     # A process that had an engine of vLLM says LD_PRELOAD: OpenMP is there before conftest.py.
     said = ("OMP_NUM_THREADS", "LD_PRELOAD")

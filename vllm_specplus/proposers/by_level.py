@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.core.cost import CostModel, fastest
 from vllm_specplus.core.growth import MAX_FRONTIER, NUM_CHILDREN, Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import Expectations
@@ -220,16 +219,13 @@ class LevelProposer(Proposer):
         """
         hidden_states = torch.zeros(most, self.model.state_size, dtype=dtype)
 
-        def level_ms(num_rows: int) -> float:
-            target()
-            began, states = time.perf_counter(), hidden_states[:num_rows]
+        def draft(num_rows: int) -> None:
+            states = hidden_states[:num_rows]
             rows = RequestRows(0, 0, num_rows, [0] * num_rows, [], [], states)
             last, _ = self.model.forward(0, [rows])
             self.model.best_tokens(0, last[:MAX_FRONTIER], NUM_CHILDREN)
-            return 1e3 * (time.perf_counter() - began)
 
-        points = sorted({1, min(MAX_FRONTIER, most), most})
-        self._gate.cost = CostModel(fastest(level_ms, points))
+        self._gate.measure(draft, most, target)
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         # Where a request starts behind cached blocks, the modules see the keys and values that an

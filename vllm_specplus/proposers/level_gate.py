@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vllm_specplus.core.cost import CostModel
+from vllm_specplus.core.cost import CostModel, fastest
+from vllm_specplus.core.growth import MAX_FRONTIER
 
 MAX_TIMED_ROWS = 16
 """Levels with more committed rows a request catch up with a prompt or with undrafted text; what
@@ -60,6 +62,22 @@ class LevelGate:
         self._shares = [_START] * num_levels
         self._saved_ms = [0.0] * num_levels
         self._tried = False
+
+    def measure(
+        self, draft: Callable[[int], object], most: int, target: Callable[[], object]
+    ) -> None:
+        """Times `draft` over one, some and `most` rows.
+
+        target: runs the target, whose weights have then been in the caches last, as in a step.
+        """
+
+        def draft_ms(num_rows: int) -> float:
+            target()
+            began = time.perf_counter()
+            draft(num_rows)
+            return 1e3 * (time.perf_counter() - began)
+
+        self.cost = CostModel(fastest(draft_ms, sorted({1, min(MAX_FRONTIER, most), most})))
 
     def opens(self, level: int, prospects: Sequence[Prospect]) -> bool:
         worth = sum(prospect.worth_ms(self._shares[level]) for prospect in prospects)

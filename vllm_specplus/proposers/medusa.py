@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 
 from vllm_specplus.config import SpecPlusConfig
-from vllm_specplus.core.cost import CostModel, fastest
 from vllm_specplus.core.growth import Candidates, Path, grow
 from vllm_specplus.proposers.base import DraftRequest, Proposer
 from vllm_specplus.proposers.calibration import Expectations
@@ -75,20 +74,8 @@ class MedusaProposer(Proposer):
         state.hidden, state.end = hidden_states[-1].clone(), start + len(hidden_states)
 
     def measure_heads(self, target: Callable[[], object], hidden: torch.Tensor) -> None:
-        """Times the heads over one, some and all of the rows, [num_rows, hidden_size].
-
-        target: runs the target, whose weights have then been in the caches last, as in a step.
-        """
-
-        def heads_ms(num_rows: int) -> float:
-            target()
-            began = time.perf_counter()
-            self._best(hidden[:num_rows])
-            return 1e3 * (time.perf_counter() - began)
-
-        most = len(hidden)
-        points = sorted({1, min(8, most), most})
-        self._gate.cost = CostModel(fastest(heads_ms, points))
+        """Times the heads over rows of `hidden`, [num_rows, hidden_size] (`LevelGate.measure`)."""
+        self._gate.measure(lambda num_rows: self._best(hidden[:num_rows]), len(hidden), target)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
         if not requests:
