@@ -108,7 +108,14 @@ _semantic.scalar_constant = _literal
 # here on `tl.tensor` has the interpreter's operators.
 interpreter._patch_lang(_literal)
 
-_INTEGERS = frozenset({"int32", "int64"})
+_LITERALS_OF = {"int32": (-(2**31), 2**31), "int64": (-(2**31), 2**31), "uint32": (0, 2**32)}
+"""Integers -> the range of literals that have their type, the end left out."""
+_COMPUTED_AS = {
+    **{(of.name, of.name): of for of in (tl.int32, tl.int64, tl.uint32, tl.float32)},
+    ("int32", "int64"): tl.int64,
+    ("int64", "int32"): tl.int64,
+}
+_NUMPY = {of.name: _of_type(of) for of in (tl.int32, tl.int64, tl.uint32, tl.float32)}
 ARITHMETIC: dict[str, np.ufunc] = {
     "__add__": np.add,
     "__radd__": np.add,
@@ -126,38 +133,125 @@ COMPARISONS: dict[str, np.ufunc] = {
 }
 
 
+def _is_literal(value: Any, kind: str) -> bool:
+    """Whether a number takes the type `kind` as it is."""
+    if kind == "fp32":
+        return type(value) is float
+    low, end = _LITERALS_OF.get(kind, (0, 0))
+    return type(value) is int and low <= value < end
+
+
+def _of_shape(type_: tl.dtype, element: tl.dtype) -> tl.dtype:
+    return type_.with_element_ty(element) if type_.is_block() else element
+
+
 def _operator(name: str, ufunc: np.ufunc) -> Any:
-    """It takes forty microseconds for what numpy does in one. Numpy is asked at once for two values
-    of int32, int64 or float32, for integers with a literal, and for a pointer and its offset."""
+    """It takes forty microseconds for what numpy does in one. Numpy is asked at once for values of
+    int32, int64, uint32 and float32, their literals, and for a pointer and its offset."""
     slow = getattr(tl.tensor, name)
 
     def operator(self: tl.tensor, other: Any) -> tl.tensor:
-        kind = self.dtype.name
         if isinstance(other, tl.constexpr):
             other = other.value
-        if type(other) is int and kind in _INTEGERS and -(2**31) <= other < 2**31:
-            other = _literal(other, self.dtype)
-        if type(other) is not tl.tensor or not _fits(self, other):
-            return slow(self, other)
-        if other.dtype.name == kind and (kind in _INTEGERS or kind == "fp32"):
+        kind = self.dtype.name
+        if type(other) is not tl.tensor:
+            if _is_literal(other, kind):
+                other = _literal(other, self.dtype)
+            elif self.dtype.is_ptr() and _is_literal(other, "int32"):
+                other = _literal(other, tl.int32)
+            else:
+                return slow(self, other)
+        if self.shape is other.shape or not other.type.is_block():
             type_ = self.type
-            if name in COMPARISONS:
-                type_ = type_.with_element_ty(tl.int1) if type_.is_block() else tl.int1
-            data = ufunc(self.handle.data, other.handle.data)
-            return tl.tensor(interpreter.TensorHandle(data, self.handle.dtype), type_)
-        if ufunc is np.add and self.dtype.is_ptr() and other.dtype.name in _INTEGERS:
-            handle = interpreter.interpreter_builder.create_addptr(self.handle, other.handle)
-            return tl.tensor(handle, self.type)
-        return slow(self, other)
+        elif not self.type.is_block():
+            type_ = other.type
+        else:
+            return slow(self, other)
+        if ufunc is np.add and self.dtype.is_ptr() and other.dtype.name in ("int32", "int64"):
+            handle = _builder.create_addptr(self.handle, other.handle)
+            return tl.tensor(handle, _of_shape(type_, self.dtype))
+        computed_as = _COMPUTED_AS.get((kind, other.dtype.name))
+        if computed_as is None:
+            return slow(self, other)
+        data = ufunc(self.handle.data, other.handle.data)
+        result = tl.int1 if name in COMPARISONS else computed_as
+        return tl.tensor(interpreter.TensorHandle(data, computed_as), _of_shape(type_, result))
 
     operator.__wrapped__ = slow  # type: ignore[attr-defined]
     return operator
 
 
-def _fits(lhs: tl.tensor, rhs: tl.tensor) -> bool:
-    """Whether what comes out has the shape of `lhs`."""
-    return lhs.shape is rhs.shape or not rhs.type.is_block()
-
-
 for _name, _ufunc in (ARITHMETIC | COMPARISONS).items():
     setattr(tl.tensor, _name, _operator(_name, _ufunc))
+
+_load_checked, _store_checked, _arange_anew = tl.load, tl.store, tl.arange
+
+
+def _places(pointer: Any, mask: Any) -> tuple[np.ndarray, np.ndarray, str] | None:
+    """Addresses, which of them are meant, and the kind of what is there, where all is plain."""
+    if type(pointer) is not tl.tensor or not pointer.dtype.is_ptr():
+        return None
+    addresses, kind = pointer.handle.data, pointer.dtype.element_ty.name
+    if kind not in _NUMPY:
+        return None
+    if mask is None:
+        return addresses, np.ones(addresses.shape, dtype=bool), kind
+    if type(mask) is not tl.tensor or mask.shape is not pointer.shape:
+        return None
+    meant = mask.handle.data
+    return (addresses, meant, kind) if mask.dtype is tl.int1 and meant.dtype == bool else None
+
+
+def _values(value: Any, pointer: tl.tensor, kind: str) -> np.ndarray | None:
+    """What is stored, or loaded where the mask is not, if it has the pointer's shape and kind."""
+    if isinstance(value, tl.constexpr):
+        value = value.value
+    if _is_literal(value, kind):
+        return np.full(pointer.handle.data.shape, value, dtype=_NUMPY[kind])
+    if type(value) is tl.tensor and value.shape is pointer.shape and value.dtype.name == kind:
+        return value.handle.data
+    return None
+
+
+def _load(pointer: Any, mask: Any = None, other: Any = None, **hints: Any) -> tl.tensor:
+    """It takes as long to ask what kind of load this is."""
+    places = None if hints else _places(pointer, mask)
+    if places is not None:
+        addresses, meant, kind = places
+        rest = np.zeros(addresses.shape, _NUMPY[kind])
+        given = rest if other is None else _values(other, pointer, kind)
+        if given is not None and (mask is not None or other is None):
+            element = pointer.dtype.element_ty
+            data = interpreter._interpreter.load(addresses, meant, given, _NUMPY[kind])
+            handle = interpreter.TensorHandle(data, element)
+            return tl.tensor(handle, _of_shape(pointer.type, element))
+    return _load_checked(pointer, mask, other, **hints)
+
+
+def _store(pointer: Any, value: Any, mask: Any = None, **hints: Any) -> Any:
+    """See `_load`."""
+    places = None if hints else _places(pointer, mask)
+    if places is not None and not pointer.dtype.const:
+        addresses, meant, kind = places
+        values = _values(value, pointer, kind)
+        if values is not None:
+            interpreter._interpreter.store(addresses, values, meant)
+            return None
+    return _store_checked(pointer, value, mask, **hints)
+
+
+@cache
+def _range(start: int, end: int) -> tl.tensor:
+    made = _arange_anew(start, end)
+    made.handle.data.setflags(write=False)
+    return made
+
+
+def _arange(start: Any, end: Any) -> tl.tensor:
+    """It makes the same numbers again and again."""
+    made = _range(*(n.value if isinstance(n, tl.constexpr) else n for n in (start, end)))
+    return tl.tensor(interpreter.TensorHandle(made.handle.data, made.handle.dtype), made.type)
+
+
+_load.__wrapped__, _store.__wrapped__ = _load_checked, _store_checked  # type: ignore[attr-defined]
+tl.load, tl.store, tl.arange = _load, _store, _arange

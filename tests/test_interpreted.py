@@ -1,4 +1,5 @@
-"""Operators of tests/interpreted.py give what the interpreter's own give: values, types, shapes.
+"""What tests/interpreted.py computes is what the interpreter's own functions give: values, types,
+shapes, and the memory after a store.
 
 Seen to fail: sums taken for comparisons; a scalar's shape for a block's; literals kept by value
 alone, where 1 is True and 0.0 is -0.0; promoted types kept by the two types alone.
@@ -90,3 +91,75 @@ def test_operators(name: str) -> None:
                 assert outcome(operator.__wrapped__, lhs, rhs) == ours
             outcomes.append(ours)
     assert sum(isinstance(ours, tuple) for ours in outcomes) > len(outcomes) / 2, "most raise"
+
+
+def memory(dtype: tl.dtype, shape: tuple[int, ...], backwards: bool) -> tuple[np.ndarray, Any]:
+    """Eight values, and pointers to some of them."""
+    known = tensor(dtype, (8,), seed=3).handle.data.copy()
+    places = np.arange(8)[:: -1 if backwards else 1][: int(np.prod(shape))].reshape(shape or (1,))
+    addresses = (known.ctypes.data + known.itemsize * places).astype(np.uint64)
+    return known, of(tl.pointer_type(dtype), shape, addresses)
+
+
+def masks(shape: tuple[int, ...]) -> list[Any]:
+    """None, of the same shape and of another, a reduced one, constants."""
+    reduced = of(tl.int1, shape, tensor(tl.int1, shape, 5).handle.data.astype(np.int8))
+    return [
+        *(None, True, False, tl.constexpr(True)),
+        *(tensor(tl.int1, of_mask, 4) for of_mask in {(), (1, 4), shape}),
+        reduced,
+    ]
+
+
+def given(dtype: tl.dtype, shape: tuple[int, ...]) -> list[Any]:
+    """Values of this type and others, of this shape and another, and literals."""
+    return [
+        *(tensor(kind, shape, 6) for kind in (dtype, *TYPES[:5])),
+        *(tensor(dtype, (), 6), tensor(dtype, (1, 4), 6)),
+        *(*LITERALS, tl.constexpr(2), tl.constexpr(0.5)),
+    ]
+
+
+CASES = [(dtype, shape) for dtype in TYPES for shape in SHAPES]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+def test_loads(dtype: tl.dtype, shape: tuple[int, ...]) -> None:
+    _, pointer = memory(dtype, shape, backwards=True)
+    outcomes = []
+    for mask in masks(shape):
+        for other in [None, *given(dtype, shape)]:
+            ours = outcome(lambda p, m, o=other: tl.load(p, m, o), pointer, mask)
+            checked = outcome(lambda p, m, o=other: tl.load.__wrapped__(p, m, o), pointer, mask)
+            assert ours == checked
+            outcomes.append(ours)
+    assert sum(isinstance(ours, tuple) for ours in outcomes) > len(outcomes) / 3, "most raise"
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+def test_stores(dtype: tl.dtype, shape: tuple[int, ...]) -> None:
+    def stored(store: Any, mask: Any, value: Any) -> Any:
+        known, pointer = memory(dtype, shape, backwards=False)
+        try:
+            store(pointer, value, mask)
+        except Exception as error:
+            return type(error)
+        return known.tobytes()
+
+    changed = 0
+    before = memory(dtype, shape, backwards=False)[0].tobytes()
+    for mask in masks(shape):
+        for value in given(dtype, shape):
+            ours, checked = (stored(s, mask, value) for s in (tl.store, tl.store.__wrapped__))
+            assert ours == checked
+            changed += isinstance(ours, bytes) and ours != before
+    assert changed > 10
+
+
+def test_ranges() -> None:
+    for start, end in [(0, 8), (tl.constexpr(4), 8), (0, tl.constexpr(1)), (0, 6), (8, 0)]:
+        for _ in range(2):
+            ours = outcome(lambda a, b: tl.arange(a, b), start, end)
+            assert ours == outcome(interpreted._arange_anew, start, end)
