@@ -6,6 +6,7 @@ One thread, in-process engines, quiet logs; Triton kernels run in its interprete
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -31,6 +32,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if find_spec("vllm"):  # which the kernels' tests do without
+    import wrapt
+
+    @wrapt.when_imported("vllm.model_executor.models.registry")
+    def _inspect_here(registry: Any) -> None:
+        """vLLM asks a process of its own, which imports all again, what each class of models can
+        do, so that this one does not initialize CUDA."""
+        registry._run_in_subprocess = lambda ask: ask()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -65,8 +65,7 @@ def _session(pid: int) -> int | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["llama", "sliding"])
+@pytest.mark.parametrize(("model", "layout"), zip(["llama", "sliding"], LAYOUTS, strict=True))
 def test_all_features_in_one_batch(model, layout):
     asked = mixed()
     plain = reference(model, asked)

@@ -2,7 +2,7 @@
 
 Sabotages that were caught: duplicates kept apart, one cell for all sources, outcomes that are not
 learned, n-grams asked after a token that they have not proposed, a frontier
-beyond the slots.
+beyond the slots, levels that count nodes without rows.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from math import log
 import numpy as np
 import pytest
 
+from tests.proposers.conformance import Decoding, make, mixing
+from vllm_specplus.core.cost import CostModel
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.by_level import _Draft, _Request
+from vllm_specplus.proposers.merged import by_levels
 from vllm_specplus.proposers.sources import SourceCells
 
 MATCHES = {(): {5: 0.4, 9: 0.3}, (5,): {6: 0.5}, (9,): {}, (5, 6): {}}
@@ -73,3 +76,19 @@ def test_only_nodes_that_have_run_are_continued() -> None:
     narrow.branch(1, [{3: 0.01}])
     assert narrow.nodes == [(5,), (5, 3)] and list(narrow.frontier) == [(5, 3)]
     assert (9, 6) in narrow.grow(3).paths()
+
+
+@pytest.mark.parametrize("method", ["mtp3", "draft+draft"])
+@pytest.mark.parametrize(("num_nodes", "often"), [(None, True), (0, False)])
+def test_levels_whose_nodes_get_no_rows_are_left_out(method, num_nodes, often, monkeypatch) -> None:
+    """All that they draft is right, and worth twice their time where it gets rows."""
+    proposer = make(method)
+    monkeypatch.setattr(CostModel, "observe", lambda *_: None)
+    for part in by_levels(proposer):
+        part._gate.cost = CostModel({1: 3.0})
+    decoding = Decoding(proposer, mixing)
+    drafted = [
+        len(decoding.step(num_nodes, max_depth=1, min_prob=0.1, token_ms=10.0)) > 0
+        for _ in range(60)
+    ]
+    assert sum(drafted[30:]) > 25 if often else sum(drafted[30:]) < 5

@@ -13,6 +13,7 @@ import torch
 
 from vllm_specplus.config import SpecPlusConfig
 from vllm_specplus.core.cost import CostModel
+from vllm_specplus.core.growth import Candidates
 from vllm_specplus.proposers import medusa
 from vllm_specplus.proposers.base import DraftRequest
 from vllm_specplus.proposers.medusa import MedusaProposer
@@ -40,9 +41,11 @@ class Heads:
         return torch.tensor(tokens).view(1, num_heads, 1).expand(shape), logprobs
 
 
-def run(method: str, right: bool, heads_ms: float) -> tuple[Heads, int]:
+def run(method: str, right: bool, heads_ms: float, pays: bool = True) -> tuple[Heads, int]:
     """Steps of one request whose text is TEXT again and again, of which the heads count the second
-    half, when it is known what they are worth; tokens of the smallest draft there."""
+    half, when it is known what they are worth; tokens of the smallest draft there.
+
+    pays: whether the budget gives drafts rows."""
     options = {"num_speculative_tokens": NUM_HEADS, "tree": "dynamic:8"}
     config = SpecPlusConfig.from_options({"speculative_model": f"[{method}]HEADS"} | options)
     proposer, heads = MedusaProposer(config), Heads(right, heads_ms)
@@ -57,6 +60,7 @@ def run(method: str, right: bool, heads_ms: float) -> tuple[Heads, int]:
         request = DraftRequest("a", text, NUM_HEADS, 8, min_prob=0.1, token_ms=100.0)
         with mock.patch.object(medusa, "time", heads):
             (candidates,) = proposer.propose([request])
+            proposer.granted([candidates if pays else Candidates()])
         drafts = min(drafts, len(candidates)) if 2 * step > STEPS else len(candidates)
     return heads, drafts
 
@@ -71,6 +75,10 @@ def test_wrong_heads_are_left_out(method: str) -> None:
 def test_right_heads_run_while_they_are_cheap() -> None:
     assert run("medusa", right=True, heads_ms=20)[0].runs == STEPS / 2
     assert run("medusa", right=True, heads_ms=500)[0].runs < STEPS / 20
+
+
+def test_heads_whose_drafts_get_no_rows_are_left_out() -> None:
+    assert run("medusa", right=True, heads_ms=20, pays=False)[0].runs < STEPS / 20
 
 
 def test_heads_that_add_nothing_to_ngrams_are_left_out() -> None:

@@ -47,6 +47,10 @@ class Candidates:
     def tree(self, num_nodes: int) -> Tree:
         return Tree(self.tokens[:num_nodes], self.parents[:num_nodes], QKind.DETERMINISTIC)
 
+    def first(self, num_nodes: int) -> Candidates:
+        """The best of them."""
+        return Candidates(*(each[:num_nodes] for each in (self.tokens, self.parents, self.probs)))
+
 
 def grow(
     expand: Expand,

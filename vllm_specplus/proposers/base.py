@@ -72,6 +72,9 @@ class Proposer(ABC):
         that starts anew (preemption) or behind cached positions comes with another `start`.
         """
 
+    def granted(self, drafts: Sequence[Candidates]) -> None:
+        """Hears which nodes of what it proposed last, in that order, get rows of the next step."""
+
     def observe(
         self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]
     ) -> None:

@@ -25,7 +25,7 @@ candidate, and what each source and their agreement are worth is learned online.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +77,6 @@ class _Draft:
     ) -> None:
         self.request, self.state = request, state
         self.nodes: list[Path] = []
-        self.level_tokens = 0.0
         self.frontier: dict[Path, float] = {(): 1.0}
         self._paths, self._reads = paths, hidden_state_from
         self._drafted: dict[Path, dict[int, float]] = {}
@@ -156,13 +155,11 @@ class _Draft:
         depth = level + 1
         room = min(self.request.num_slots - self._end(depth), MAX_LEVEL_NODES)
         before, nodes = self.frontier, dict[Path, None]()
-        self.frontier, self.level_tokens = {}, 0.0
+        self.frontier = {}
         grown = self.grow(depth)
         for path, prob in zip(grown.paths(), grown.probs, strict=True):
-            if len(path) < depth:
-                continue
-            self.level_tokens += prob
-            if len(self.frontier) < MAX_FRONTIER and path[:-1] in before:
+            reached = len(path) == depth and path[:-1] in before
+            if reached and len(self.frontier) < MAX_FRONTIER:
                 missing = [path[:d] for d in range(1, depth + 1) if path[:d] not in nodes]
                 if len(nodes) + len(missing) <= room:
                     self.frontier[path] = prob
@@ -186,6 +183,16 @@ class _Draft:
         return grow(self._sources.expand, request.max_nodes, depth, request.min_prob, self._paths)
 
 
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """A level that was drafted, for which of the drafts, and in how many milliseconds."""
+
+    number: int
+    drafts: Sequence[_Draft]
+    prospects: Sequence[Prospect]
+    ms: float
+
+
 @register(*MODELS, *(f"{name}+ngram" for name in MODELS))
 class LevelProposer(Proposer):
     """Chains and trees of what drafts level by level, with n-gram matches where they are asked for.
@@ -203,6 +210,8 @@ class LevelProposer(Proposer):
         self._cells = SourceCells()
         self._gate = LevelGate(config.num_speculative_tokens)
         self._requests: dict[str, _Request] = {}
+        self._drafts: list[_Draft] = []
+        self._levels: list[_Level] = []
 
     def num_levels(self, num_modules: int) -> int:
         """How deep heads of so many modules draft: [mtp3] runs the last of fewer than three again,
@@ -246,14 +255,28 @@ class LevelProposer(Proposer):
         depth = self.config.num_speculative_tokens
         return [draft.grow(depth) for draft in self.draft(requests)]
 
+    def granted(self, drafts: Sequence[Candidates]) -> None:
+        self.learn([dict(zip(draft.paths(), draft.probs, strict=True)) for draft in drafts])
+
+    def learn(self, granted: Sequence[Mapping[Path, float]]) -> None:
+        """Learns what the levels of the last drafts were worth: path -> probability of the nodes of
+        each that get rows."""
+        nodes = dict(zip(self._drafts, granted, strict=True))
+        for level in self._levels:
+            tokens = [
+                sum(p for path, p in nodes[draft].items() if len(path) == level.number + 1)
+                for draft in level.drafts
+            ]
+            self._gate.observe(level.number, level.prospects, tokens, level.ms)
+
     def draft(self, requests: Sequence[DraftRequest]) -> list[_Draft]:
         """The trees of the requests, as deep as is worth it."""
-        drafts = [self._open(request) for request in requests]
+        self._drafts, self._levels = [self._open(request) for request in requests], []
         for level in range(self.model.num_levels):
-            going = [draft for draft in drafts if draft.wants(level)]
+            going = [draft for draft in self._drafts if draft.wants(level)]
             if not going or not self._draft_level(level, going):
                 break
-        return drafts
+        return self._drafts
 
     def forget(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
@@ -283,6 +306,6 @@ class LevelProposer(Proposer):
         children = iter(self.model.best_tokens(level, torch.cat(frontiers), NUM_CHILDREN))
         for draft, frontier in zip(drafts, frontiers, strict=True):
             draft.branch(level, [next(children) for _ in frontier])
-        tokens = [draft.level_tokens for draft in drafts]
-        self._gate.observe(level, prospects, tokens, 1e3 * (time.perf_counter() - began))
+        ms = 1e3 * (time.perf_counter() - began)
+        self._levels.append(_Level(level, drafts, prospects, ms))
         return True

@@ -61,7 +61,7 @@ class LevelGate:
         self.cost: CostModel | None = None
         self._shares = [_START] * num_levels
         self._saved_ms = [0.0] * num_levels
-        self._tried = False
+        self._tried = [False] * num_levels
 
     def measure(
         self, draft: Callable[[int], object], most: int, target: Callable[[], object]
@@ -81,21 +81,22 @@ class LevelGate:
 
     def opens(self, level: int, prospects: Sequence[Prospect]) -> bool:
         worth = sum(prospect.worth_ms(self._shares[level]) for prospect in prospects)
-        self._tried = False
+        self._tried[level] = False
         if any(prospect.num_known > MAX_MISSED_ROWS for prospect in prospects):
             return True
         if worth >= _MARGIN * self._ms(prospects, _CATCH_UP_STEPS):
             return True
         self._saved_ms[level] += _TRIALS * sum(prospect.token_ms for prospect in prospects)
-        self._tried = self._saved_ms[level] >= self._ms(prospects, 1)
-        if self._tried:
+        self._tried[level] = self._saved_ms[level] >= self._ms(prospects, 1)
+        if self._tried[level]:
             self._saved_ms[level] = 0.0
-        return self._tried
+        return self._tried[level]
 
     def observe(
         self, level: int, prospects: Sequence[Prospect], tokens: Sequence[float], ms: float
     ) -> None:
-        """A level was drafted in `ms` and brought so many expected tokens per request."""
+        """A level was drafted in `ms` and brought so many expected tokens per request, those of
+        nodes that got no row left out."""
         typical = all(prospect.num_known <= MAX_TIMED_ROWS for prospect in prospects)
         if self.cost is not None and typical:
             self.cost.observe(round(sum(p.num_rows(1) for p in prospects)), ms)
@@ -103,7 +104,7 @@ class LevelGate:
         if room > 0:
             known = sum(prospect.known for prospect in prospects)
             share = min(max(sum(tokens) - known, 0.0) / room, 1.0)
-            smoothing = _TRIED_SMOOTHING if self._tried else _SMOOTHING
+            smoothing = _TRIED_SMOOTHING if self._tried[level] else _SMOOTHING
             self._shares[level] += smoothing * (share - self._shares[level])
 
     def _ms(self, prospects: Sequence[Prospect], steps: int) -> float:

@@ -67,6 +67,7 @@ class MedusaProposer(Proposer):
         self._cells = SourceCells()
         self._requests: dict[str, _Request] = {}
         self._gate = LevelGate(1)
+        self._ran: tuple[list[Prospect], float] | None = None
         self._num = max(NUM_CHILDREN, *(1 + path[-1] for path in self._paths or [(0,)]))
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
@@ -78,6 +79,7 @@ class MedusaProposer(Proposer):
         self._gate.measure(lambda num_rows: self._best(hidden[:num_rows]), len(hidden), target)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
+        self._ran = None
         if not requests:
             return []
         began = time.perf_counter()
@@ -89,9 +91,13 @@ class MedusaProposer(Proposer):
         found = self._best(torch.stack([state.hidden for state in states]))
         levels = zip(requests, *(best.tolist() for best in found), strict=True)
         drafts = [self._grow(request, _levels(*best)) for request, *best in levels]
-        tokens = [sum(draft.probs) for draft in drafts]
-        self._gate.observe(0, prospects, tokens, 1e3 * (time.perf_counter() - began))
+        self._ran = prospects, 1e3 * (time.perf_counter() - began)
         return drafts
+
+    def granted(self, drafts: Sequence[Candidates]) -> None:
+        if self._ran is not None:
+            prospects, ms = self._ran
+            self._gate.observe(0, prospects, [sum(draft.probs) for draft in drafts], ms)
 
     def _best(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_heads = min(self.num_heads, self.config.num_speculative_tokens)

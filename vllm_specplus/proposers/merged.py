@@ -38,17 +38,27 @@ class MergedProposer(Proposer):
         ]
         self._cells = SourceCells()
         self._requests: dict[str, _Request] = {}
+        self._drafted: list[list[Drafted]] = []
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
         for part in self.parts:
             part.absorb(req_id, start, hidden_states)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
-        drafts = zip(*(part.draft(requests) for part in self.parts), strict=True)
-        return [
-            self._merge(request, [draft.after for draft in of_request])
-            for request, of_request in zip(requests, drafts, strict=True)
-        ]
+        self._drafted = [[draft.after for draft in part.draft(requests)] for part in self.parts]
+        of_requests = zip(requests, zip(*self._drafted, strict=True), strict=True)
+        return [self._merge(request, drafted) for request, drafted in of_requests]
+
+    def granted(self, drafts: Sequence[Candidates]) -> None:
+        """Each part has brought the nodes that it proposed, whoever else did."""
+        nodes = [dict(zip(draft.paths(), draft.probs, strict=True)) for draft in drafts]
+        for part, drafted in zip(self.parts, self._drafted, strict=True):
+            part.learn(
+                [
+                    {path: prob for path, prob in of.items() if path[-1] in after(path[:-1])}
+                    for of, after in zip(nodes, drafted, strict=True)
+                ]
+            )
 
     def forget(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
