@@ -44,8 +44,10 @@ if find_spec("vllm"):  # which the kernels' tests do without
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The V2 engine's scenarios, which take longest, start first."""
-    items.sort(key=lambda item: item.path.name != "test_v2.py")
+    """The V2 engine's scenarios, which take longest, start first, then files with slow tests: what
+    is quick fills the end, where processes wait for each other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_v2.py", item.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -26,9 +26,7 @@ PROCESSES = {
     ("schedule", "feature", "triton", "control"): "v2",
     ("experts",): "v2_drafters",
     ("width",): "v2_width",
-    ("host",): "v2_host",
-    ("settings", "medusa"): "v2_settings",
-    ("gpu",): "v2_gpu",
+    ("settings", "medusa", "host", "gpu"): "v2_settings",
 }
 """Groups that share a process and its engines, and their module, the longest first."""
 MATRIX = (ROOT / "docs/v2-matrix.md").read_text()

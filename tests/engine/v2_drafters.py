@@ -78,6 +78,11 @@ def seeded(name: str, num: int = 6) -> list[Request]:
     ]
 
 
+def mixed(name: str) -> list[Request]:
+    penalized = requests(name, 1, presence_penalty=0.5)
+    return [*requests(name, 3), *penalized, *seeded(name, 4)]
+
+
 def preemption(name: str) -> None:
     wanted = requests(name, max_tokens=70)
     options: dict[str, Any] = dict(num_gpu_blocks_override=12, max_model_len=256)
@@ -302,8 +307,7 @@ def scenarios(name: str) -> dict[str, Callable[[], None]]:
     group = "experts" if DRAFTERS[name][1].startswith(("glm", "mimo_v2")) else "drafter"
     of_all = {
         "trunk": lambda: trunk(name),
-        "tree": lambda: tree(name, [*requests(name), *requests(name, 1, presence_penalty=0.5)]),
-        "tree, seed": lambda: tree(name, seeded(name)),
+        "tree": lambda: tree(name, mixed(name)),
         "moved trunk": lambda: moved_trunk(name),
         "left chain": lambda: left_chain(name),
     }

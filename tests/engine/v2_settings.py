@@ -21,7 +21,7 @@ from vllm import SamplingParams
 from vllm.config.reasoning import ReasoningConfig
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from tests.engine import distribution, v2, v2_medusa
+from tests.engine import distribution, v2, v2_gpu, v2_host, v2_medusa
 from tests.engine.engines import Request, model_path
 from tests.engine.features import (
     LOGPROB_TOLERANCE,
@@ -206,6 +206,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "settings: engine seed": engine_seed,
     "settings: distribution": sampled,
     **v2_medusa.SCENARIOS,
+    **v2_host.SCENARIOS,
+    **v2_gpu.SCENARIOS,
 }
 
 if __name__ == "__main__":
