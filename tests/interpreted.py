@@ -108,14 +108,15 @@ _semantic.scalar_constant = _literal
 # here on `tl.tensor` has the interpreter's operators.
 interpreter._patch_lang(_literal)
 
-_LITERALS_OF = {"int32": (-(2**31), 2**31), "int64": (-(2**31), 2**31), "uint32": (0, 2**32)}
-"""Integers -> the range of literals that have their type, the end left out."""
-_COMPUTED_AS = {
-    **{(of.name, of.name): of for of in (tl.int32, tl.int64, tl.uint32, tl.float32)},
+_PLAIN = (tl.int32, tl.int64, tl.uint32, tl.float32)
+"""Types that numpy computes as the interpreter does."""
+_NUMPY = {of.name: _of_type(of) for of in _PLAIN}
+_COMPUTED_AS = {(of.name, of.name): of for of in _PLAIN} | {
     ("int32", "int64"): tl.int64,
     ("int64", "int32"): tl.int64,
 }
-_NUMPY = {of.name: _of_type(of) for of in (tl.int32, tl.int64, tl.uint32, tl.float32)}
+_LITERALS_OF = {"int32": (-(2**31), 2**31), "int64": (-(2**31), 2**31), "uint32": (0, 2**32)}
+"""Beside a value of a type: from where up to where literals surely take that type."""
 ARITHMETIC: dict[str, np.ufunc] = {
     "__add__": np.add,
     "__radd__": np.add,
@@ -215,12 +216,15 @@ def _values(value: Any, pointer: tl.tensor, kind: str) -> np.ndarray | None:
 
 def _load(pointer: Any, mask: Any = None, other: Any = None, **hints: Any) -> tl.tensor:
     """It takes as long to ask what kind of load this is."""
-    places = None if hints else _places(pointer, mask)
+    refused = mask is None and other is not None
+    places = None if hints or refused else _places(pointer, mask)
     if places is not None:
         addresses, meant, kind = places
-        rest = np.zeros(addresses.shape, _NUMPY[kind])
-        given = rest if other is None else _values(other, pointer, kind)
-        if given is not None and (mask is not None or other is None):
+        nothing = other is None
+        given = (
+            np.zeros(addresses.shape, _NUMPY[kind]) if nothing else _values(other, pointer, kind)
+        )
+        if given is not None:
             element = pointer.dtype.element_ty
             data = interpreter._interpreter.load(addresses, meant, given, _NUMPY[kind])
             handle = interpreter.TensorHandle(data, element)
@@ -249,7 +253,10 @@ def _range(start: int, end: int) -> tl.tensor:
 
 def _arange(start: Any, end: Any) -> tl.tensor:
     """It makes the same numbers again and again."""
-    made = _range(*(n.value if isinstance(n, tl.constexpr) else n for n in (start, end)))
+    start, end = (n.value if isinstance(n, tl.constexpr) else n for n in (start, end))
+    if type(start) is not int or type(end) is not int:
+        return _arange_anew(start, end)
+    made = _range(start, end)
     return tl.tensor(interpreter.TensorHandle(made.handle.data, made.handle.dtype), made.type)
 
 

@@ -2,7 +2,9 @@
 shapes, and the memory after a store.
 
 Seen to fail: sums taken for comparisons; a scalar's shape for a block's; literals kept by value
-alone, where 1 is True and 0.0 is -0.0; promoted types kept by the two types alone.
+alone, where 1 is True and 0.0 is -0.0; promoted types kept by the two types alone; int32 and int64
+computed as int32; negative literals beside uint32; ones where nothing is loaded; masks of another
+shape, or none, in loads and stores; ranges from 0.
 """
 
 from __future__ import annotations
@@ -30,7 +32,23 @@ TYPES = (
     *(tl.int1, tl.int8, tl.uint32, tl.uint64, tl.float16, tl.bfloat16, tl.float64),
 )
 SHAPES = ((), (4,), (2, 4), (1, 4))
-LITERALS = (0, 3, -1, 2**31 - 1, 2**40, 0.5, 0.0, -0.0, float("nan"), float("inf"), True)
+LITERALS = (
+    0,
+    3,
+    -1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    -(2**31),
+    2**40,
+    0.5,
+    0.0,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    True,
+)
 NUMBERS = (0, 1, 2, 5, 2**31 - 1)
 REALS = (0.0, -0.0, 1.5, float("nan"), float("inf"))
 
@@ -116,6 +134,7 @@ def given(dtype: tl.dtype, shape: tuple[int, ...]) -> list[Any]:
     return [
         *(tensor(kind, shape, 6) for kind in (dtype, *TYPES[:5])),
         *(tensor(dtype, (), 6), tensor(dtype, (1, 4), 6)),
+        of(tl.int64, (), np.array([2**31 + 5], dtype=np.uint32)),
         *(*LITERALS, tl.constexpr(2), tl.constexpr(0.5)),
     ]
 
@@ -126,15 +145,19 @@ CASES = [(dtype, shape) for dtype in TYPES for shape in SHAPES]
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 def test_loads(dtype: tl.dtype, shape: tuple[int, ...]) -> None:
-    _, pointer = memory(dtype, shape, backwards=True)
+    known, pointer = memory(dtype, shape, backwards=True)
     outcomes = []
     for mask in masks(shape):
         for other in [None, *given(dtype, shape)]:
             ours = outcome(lambda p, m, o=other: tl.load(p, m, o), pointer, mask)
-            checked = outcome(lambda p, m, o=other: tl.load.__wrapped__(p, m, o), pointer, mask)
+            with as_it_was():
+                checked = outcome(lambda p, m, o=other: tl.load.__wrapped__(p, m, o), pointer, mask)
             assert ours == checked
             outcomes.append(ours)
     assert sum(isinstance(ours, tuple) for ours in outcomes) > len(outcomes) / 3, "most raise"
+    hinted = outcome(lambda p, m: tl.load(p, m, cache_modifier=".cg"), pointer, None)
+    assert hinted == outcome(lambda p, m: tl.load(p, m), pointer, None)
+    assert len(known) == 8, "the memory must outlive what reads it"
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
@@ -158,8 +181,24 @@ def test_stores(dtype: tl.dtype, shape: tuple[int, ...]) -> None:
     assert changed > 10
 
 
+def test_nothing_is_stored_to_constants() -> None:
+    known, pointer = memory(tl.int32, (4,), backwards=False)
+    pointer = of(tl.pointer_type(tl.int32, const=True), (4,), pointer.handle.data)
+    with pytest.raises(ValueError, match="constant pointer"):
+        tl.store(pointer, tensor(tl.int32, (4,), 6))
+    assert (known == tensor(tl.int32, (8,), seed=3).handle.data).all()
+
+
 def test_ranges() -> None:
-    for start, end in [(0, 8), (tl.constexpr(4), 8), (0, tl.constexpr(1)), (0, 6), (8, 0)]:
+    value = tensor(tl.int32, (), 1)
+    for start, end in [
+        (0, 8),
+        (tl.constexpr(4), 8),
+        (0, tl.constexpr(1)),
+        (0, 6),
+        (8, 0),
+        (0, value),
+    ]:
         for _ in range(2):
             ours = outcome(lambda a, b: tl.arange(a, b), start, end)
             assert ours == outcome(interpreted._arange_anew, start, end)

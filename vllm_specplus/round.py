@@ -138,9 +138,10 @@ class SpecRound:
             num == 0 and (len(candidates) > 0 or (prob >= 1 and _may_draft(request)))
             for num, candidates, prob, request in zip(counts, shaped, least, requests, strict=True)
         )
-        drafted = list(zip(requests, shaped, counts, strict=True))
-        self.proposer.granted([c.first(n) for r, c, n in drafted if r.req_id in drafts])
-        return [candidates.tree(n) for _, candidates, n in drafted]
+        granted = [candidates.prefix(n) for candidates, n in zip(shaped, counts, strict=True)]
+        of_requests = dict(zip((r.req_id for r in requests), granted, strict=True))
+        self.proposer.granted([of_requests[request.req_id] for request in asked])
+        return [candidates.tree(len(candidates)) for candidates in granted]
 
     def observe(
         self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]

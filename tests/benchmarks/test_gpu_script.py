@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.e2e.methods import parse_methods
 from benchmarks.gpu import equality, pack
 from benchmarks.provenance import ROOT
 
@@ -132,6 +133,10 @@ def test_the_stripped_wheel_keeps_what_is_imported() -> None:
     assert [member for member in kept + left if pack.is_kept(member)] == kept
 
 
+def test_the_methods_of_the_matrix_are_known() -> None:
+    assert len(parse_methods([*equality.OURS.values(), *equality.NATIVE.values()])) == 6
+
+
 @pytest.mark.slow
 @without_gpu
 def test_one_cell_of_the_matrix_holds_here(tmp_path: Path) -> None:
@@ -143,6 +148,7 @@ def test_one_cell_of_the_matrix_holds_here(tmp_path: Path) -> None:
         "--tiny",
         EQUALITY="--temperatures 0.1 --ours heads",
         OMP_NUM_THREADS=1,
+        VLLM_CACHE_ROOT=tmp_path / "cache",  # nothing is known yet of any class of models
     )
     assert (status, "equality: ok" in summary) == (0, True), output[-3000:]
     [cell] = json.loads((tmp_path / "out/equality.json").read_text())["cells"]

@@ -11,6 +11,7 @@ end counted as not paying. In tests/engine/v2.py: preempted requests counted aga
 from __future__ import annotations
 
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_rounds_that_do_not_pay_are_counted():
     assert propose() == [0, 1, 2] and spec_round.stats.fallbacks["does_not_pay"] == 0
     spec_round.budget.measured({1: 1.0, 8: 100.0})
     assert propose() == [0, 0, 0] and spec_round.stats.fallbacks["does_not_pay"] == 2
+
+
+def test_a_proposer_hears_what_was_granted():
+    """The first nodes of what it proposed, of the requests that it was asked about alone."""
+    options = dict(speculative_model="[ngram]", num_speculative_tokens=4, tree="dynamic:4")
+    spec_round = SpecRound(SpecPlusConfig.model_validate(options))
+    spec_round.budget.measured({1: 1.0, 5: 1.01, 6: 100.0})
+    repeats = np.array([5, 6, 7] * 8)
+    with mock.patch.object(spec_round.proposer, "granted") as granted:
+        depths = enumerate((4, 0, 4))
+        asked = [DraftRequest(str(i), repeats, max_depth=n, max_nodes=4) for i, n in depths]
+        trees = spec_round.propose(asked)
+    (heard,) = granted.call_args.args
+    assert [tuple(c.tokens) for c in heard] == [tuple(trees[i].tokens) for i in (0, 2)]
+    assert sum(map(len, trees)) == 2 and not trees[1].tokens
 
 
 def test_one_line_is_logged_at_shutdown(caplog):

@@ -65,7 +65,10 @@ def _session(pid: int) -> int | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "layout"), zip(["llama", "sliding"], LAYOUTS, strict=True))
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("llama", "default_executor"), ("sliding", "two_tensor_parallel_workers")],
+)
 def test_all_features_in_one_batch(model, layout):
     asked = mixed()
     plain = reference(model, asked)
@@ -91,12 +94,11 @@ def test_all_features_in_one_batch(model, layout):
 
 
 @pytest.mark.slow
-def test_mtp_heads():
+def test_mtp_heads_of_two_workers():
     asked = mixed()
     plain = reference("llama", asked)
     heads = dict(speculative_model=f"[mtp3+ngram]{random_path()}", num_speculative_tokens=3)
-    layout = LAYOUTS["two_tensor_parallel_workers"]
-    options = layout | heads | dict(disable_log_stats=False)
+    options = LAYOUTS["two_tensor_parallel_workers"] | heads | dict(disable_log_stats=False)
     job = dict(path=str(model_path("llama")), method="dynamic", options=options, truth=[])
     result = run_apart(job)
     assert result["facts"] == json.loads(json.dumps([facts(output) for output in plain]))

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,15 +72,19 @@ class Oracle(NgramTreeSpeculator):
 
 
 class Moved:
-    """Counts what the commits accepted and moved."""
+    """Counts what the commits accepted and moved; `of`: moved by request, by its place in a run."""
 
     def __init__(self) -> None:
         self.accepted = self.moved = 0
+        self.of = Counter[int]()
         commit = v2.TreeModelState.commit
 
         def counted(state: Any, input_batch: Any, path: torch.Tensor) -> None:
             self.accepted += int((path > 0).sum())
-            self.moved += int((path > torch.arange(path.shape[1])).sum())
+            moved = (path > torch.arange(path.shape[1])).sum(1).tolist()
+            self.moved += sum(moved)
+            for req_id, num in zip(input_batch.req_ids, moved, strict=False):
+                self.of[int(req_id.partition("-")[0])] += num
             commit(state, input_batch, path)
 
         v2.TreeModelState.commit = counted  # type: ignore[assignment,method-assign]

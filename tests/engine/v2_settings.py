@@ -1,8 +1,8 @@
 """Sizes of batch and tree, and settings of the whole engine: `python -m tests.engine.v2_settings
-settings`.
+settings`. Medusa, what drafts on the host, and what a GPU would run share its process and engines.
 
-Seen to fail: no commit (all but the last two); one noise for rows of all depths (distribution); a
-random stream seeded anew (engine seed).
+Seen to fail: no commit (all but `engine seed` and `distribution`); one noise for rows of all depths
+(distribution); a random stream seeded anew (engine seed).
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Decoding:
         [candidates] = self.proposer.propose([request])
         check(candidates, request)
         tree = candidates.tree(len(candidates) if num_nodes is None else num_nodes)
-        self.proposer.granted([candidates.first(len(tree))])
+        self.proposer.granted([candidates.prefix(len(tree))])
         paths: list[Path] = [(), *candidates.paths()[: len(tree)]]
         row_tokens = [self.target([*self.tokens, *path]) for path in paths]
         accepted = [0]

@@ -2,7 +2,7 @@
 
 Sabotages that were caught: duplicates kept apart, one cell for all sources, outcomes that are not
 learned, n-grams asked after a token that they have not proposed, a frontier
-beyond the slots, levels that count nodes without rows.
+beyond the slots, levels that count nodes without rows, or those of n-grams.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ def test_a_token_of_both_sources_is_one_candidate() -> None:
     assert found == pytest.approx({(5,): 0.7, (9,): 0.3, (7,): 0.3, (5, 6): 0.35})
 
 
+def test_a_level_gains_what_n_grams_did_not_know() -> None:
+    grown = (made := draft(SourceCells(), new_state())).grow(3)
+    assert made.gain(0, grown.by_path()) == pytest.approx(0.7 - 0.4 + 0.3)
+    assert made.gain(0, grown.prefix(1).by_path()) == pytest.approx(0.7 - 0.4)
+    assert made.gain(1, grown.by_path()) == 0
+
+
 def test_each_source_learns_what_it_is_worth() -> None:
     cells, state = SourceCells(), new_state()
     for _ in range(300):
@@ -78,17 +85,18 @@ def test_only_nodes_that_have_run_are_continued() -> None:
     assert (9, 6) in narrow.grow(3).paths()
 
 
-@pytest.mark.parametrize("method", ["mtp3", "draft+draft"])
-@pytest.mark.parametrize(("num_nodes", "often"), [(None, True), (0, False)])
-def test_levels_whose_nodes_get_no_rows_are_left_out(method, num_nodes, often, monkeypatch) -> None:
-    """All that they draft is right, and worth twice their time where it gets rows."""
+def depths(num_nodes: int | None, method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How deep each of 60 steps drafts; all is right, and a level worth twice its time."""
     proposer = make(method)
     monkeypatch.setattr(CostModel, "observe", lambda *_: None)
     for part in by_levels(proposer):
-        part._gate.cost = CostModel({1: 3.0})
-    decoding = Decoding(proposer, mixing)
-    drafted = [
-        len(decoding.step(num_nodes, max_depth=1, min_prob=0.1, token_ms=10.0)) > 0
-        for _ in range(60)
-    ]
-    assert sum(drafted[30:]) > 25 if often else sum(drafted[30:]) < 5
+        part._gate.cost = CostModel({1: 3.0 / len(by_levels(proposer))})
+    decoding, bounds = Decoding(proposer, mixing), dict(max_depth=2, min_prob=0.1, token_ms=10.0)
+    return [max(map(len, decoding.step(num_nodes, **bounds).paths()), default=0) for _ in range(60)]
+
+
+@pytest.mark.parametrize("method", ["mtp3", "draft+draft"])
+@pytest.mark.parametrize(("num_nodes", "depth"), [(None, 2), (1, 1), (0, 0)])
+def test_levels_whose_nodes_get_no_rows_are_left_out(method, num_nodes, depth, monkeypatch) -> None:
+    drafted = depths(num_nodes, method, monkeypatch)
+    assert sorted(drafted[30:])[15] == depth, drafted

@@ -2,7 +2,7 @@
 
 Sabotages that were caught: the row's cost left out, closed levels that stay closed, trials that
 count no missed rows, missed rows that are not written off, or that pile up, times of prompts that
-are learned, a share that counts what other sources knew.
+are learned, one share for all sizes of batch, a trial of one level taken for one of another.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_what_other_sources_know_is_not_worth_drafting() -> None:
     assert gate.opens(0, [replace(ONE, known=0.2)])
     assert not gate.opens(0, [replace(ONE, known=0.5)])
     for _ in range(200):
-        gate.observe(0, [replace(ONE, known=0.5)], [0.5], 2.0)
+        gate.observe(0, [replace(ONE, known=0.5)], [0.0], 2.0)
     assert not gate.opens(0, [ONE])
 
 
@@ -108,4 +108,23 @@ def test_the_time_of_a_prompt_is_not_learned() -> None:
     gate = settled(0.5, 2.3, row_ms=0.01)
     for _ in range(50):
         gate.observe(0, [replace(ONE, num_known=300)], [0.5], 100.0)
+    assert gate.opens(0, [ONE])
+
+
+def test_what_a_level_brings_depends_on_the_size_of_the_batch() -> None:
+    """Its nodes got rows while the request was alone, and none in a batch of 8."""
+    gate = settled(0.5, 0.5)
+    for _ in range(100):
+        gate.observe(0, [ONE] * 8, [0.0] * 8, 0.5)
+    assert not gate.opens(0, [ONE] * 8)
+    assert gate.opens(0, [ONE])
+
+
+def test_a_trial_is_known_until_its_level_is_learned() -> None:
+    """What it brought is heard of after the levels below have been looked at."""
+    gate = settled(0.1, 3.5)
+    for _ in range(4):
+        wait(gate)
+        gate.opens(1, [ONE])
+        gate.observe(0, [ONE], [0.9], 3.5)
     assert gate.opens(0, [ONE])

@@ -44,12 +44,15 @@ class Candidates:
             paths.append((*paths[parent], token))
         return paths[1:]
 
+    def by_path(self) -> dict[Path, float]:
+        """Path -> probability."""
+        return dict(zip(self.paths(), self.probs, strict=True))
+
     def tree(self, num_nodes: int) -> Tree:
         return Tree(self.tokens[:num_nodes], self.parents[:num_nodes], QKind.DETERMINISTIC)
 
-    def first(self, num_nodes: int) -> Candidates:
-        """The best of them."""
-        return Candidates(*(each[:num_nodes] for each in (self.tokens, self.parents, self.probs)))
+    def prefix(self, num_nodes: int) -> Candidates:
+        return Candidates(self.tokens[:num_nodes], self.parents[:num_nodes], self.probs[:num_nodes])
 
 
 def grow(

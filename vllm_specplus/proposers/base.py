@@ -59,9 +59,10 @@ class Proposer(ABC):
         """Candidates per request, best first, within its bounds; empty where nothing is known.
 
         Must be fast enough to be called every step, and must depend on the arguments and on what
-        was observed and measured only. On V1 the workers of a tensor parallel group may propose
-        differently, as each has a clock of its own: what the first one proposes is sent to all and
-        verified. On V2 each verifies what it proposes, so nothing there may depend on a clock.
+        was granted, observed and measured only. On V1 the workers of a tensor parallel group may
+        propose differently, as each has a clock of its own: what the first one proposes is sent to
+        all and verified. On V2 each verifies what it proposes, so nothing there may depend on a
+        clock.
         """
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
@@ -73,7 +74,8 @@ class Proposer(ABC):
         """
 
     def granted(self, drafts: Sequence[Candidates]) -> None:
-        """Hears which nodes of what it proposed last, in that order, get rows of the next step."""
+        """Hears, after every `propose`, what the row budget left of it: of each request's draft,
+        cut to its static paths, the first nodes, perhaps none."""
 
     def observe(
         self, req_id: str, tree: Tree, accepted_rows: Sequence[int], row_tokens: Sequence[int]

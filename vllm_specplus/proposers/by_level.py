@@ -176,6 +176,14 @@ class _Draft:
         num_known = self._end(level) - self.state.starts[self.state.cache(level)]
         return Prospect(known, most, request.min_prob, request.token_ms, num_known, len(self.nodes))
 
+    def gain(self, level: int, nodes: Mapping[Path, float]) -> float:
+        """The expected tokens that a level added to `nodes`, of which n-grams knew a part."""
+        return sum(
+            prob - nodes.get(path[:-1], 1.0) * self._sources.matches(path[:-1]).get(path[-1], 0.0)
+            for path, prob in nodes.items()
+            if len(path) == level + 1 and path[-1] in self.after(path[:-1])
+        )
+
     def grow(self, max_depth: int) -> Candidates:
         """The best nodes down to a depth."""
         request = self.request
@@ -256,18 +264,16 @@ class LevelProposer(Proposer):
         return [draft.grow(depth) for draft in self.draft(requests)]
 
     def granted(self, drafts: Sequence[Candidates]) -> None:
-        self.learn([dict(zip(draft.paths(), draft.probs, strict=True)) for draft in drafts])
+        self.learn([draft.by_path() for draft in drafts])
 
     def learn(self, granted: Sequence[Mapping[Path, float]]) -> None:
-        """Learns what the levels of the last drafts were worth: path -> probability of the nodes of
-        each that get rows."""
+        """Learns what the levels of the last drafts were worth. granted: of each draft, path ->
+        probability of the nodes that got rows."""
         nodes = dict(zip(self._drafts, granted, strict=True))
         for level in self._levels:
-            tokens = [
-                sum(p for path, p in nodes[draft].items() if len(path) == level.number + 1)
-                for draft in level.drafts
-            ]
-            self._gate.observe(level.number, level.prospects, tokens, level.ms)
+            gains = [draft.gain(level.number, nodes[draft]) for draft in level.drafts]
+            self._gate.observe(level.number, level.prospects, gains, level.ms)
+        self._drafts, self._levels = [], []
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[_Draft]:
         """The trees of the requests, as deep as is worth it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,14 @@ class LevelGate:
     cost: milliseconds of a level by its rows; levels are free until the engine has measured it. A
     closed level is tried again once it has saved `_TRIALS` of the time that it takes, rows that it
     has missed included, so trials cost no more than that, or once it has missed too many rows.
+
+    What a level brings is learned for each size of batch, to a power of two: where rows are dear,
+    its nodes get none, and that says nothing of a smaller batch.
     """
 
     def __init__(self, num_levels: int) -> None:
         self.cost: CostModel | None = None
-        self._shares = [_START] * num_levels
+        self._shares: dict[tuple[int, int], float] = defaultdict(lambda: _START)
         self._saved_ms = [0.0] * num_levels
         self._tried = [False] * num_levels
 
@@ -80,7 +84,8 @@ class LevelGate:
         self.cost = CostModel(fastest(draft_ms, sorted({1, min(MAX_FRONTIER, most), most})))
 
     def opens(self, level: int, prospects: Sequence[Prospect]) -> bool:
-        worth = sum(prospect.worth_ms(self._shares[level]) for prospect in prospects)
+        share = self._shares[level, len(prospects).bit_length()]
+        worth = sum(prospect.worth_ms(share) for prospect in prospects)
         self._tried[level] = False
         if any(prospect.num_known > MAX_MISSED_ROWS for prospect in prospects):
             return True
@@ -93,19 +98,19 @@ class LevelGate:
         return self._tried[level]
 
     def observe(
-        self, level: int, prospects: Sequence[Prospect], tokens: Sequence[float], ms: float
+        self, level: int, prospects: Sequence[Prospect], gains: Sequence[float], ms: float
     ) -> None:
-        """A level was drafted in `ms` and brought so many expected tokens per request, those of
-        nodes that got no row left out."""
+        """A level was drafted in `ms`. gains: per request, the expected tokens of its nodes that
+        got rows, beyond what was known without it."""
         typical = all(prospect.num_known <= MAX_TIMED_ROWS for prospect in prospects)
         if self.cost is not None and typical:
             self.cost.observe(round(sum(p.num_rows(1) for p in prospects)), ms)
         room = sum(prospect.most - prospect.known for prospect in prospects)
         if room > 0:
-            known = sum(prospect.known for prospect in prospects)
-            share = min(max(sum(tokens) - known, 0.0) / room, 1.0)
+            share = min(max(sum(gains), 0.0) / room, 1.0)
             smoothing = _TRIED_SMOOTHING if self._tried[level] else _SMOOTHING
-            self._shares[level] += smoothing * (share - self._shares[level])
+            key = level, len(prospects).bit_length()
+            self._shares[key] += smoothing * (share - self._shares[key])
 
     def _ms(self, prospects: Sequence[Prospect], steps: int) -> float:
         if self.cost is None:

@@ -49,6 +49,16 @@ class _Request:
     expectations: Expectations = field(default_factory=Expectations)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The heads ran in `ms`. known: per request, the nodes of n-grams alone and their
+    probabilities."""
+
+    prospects: Sequence[Prospect]
+    known: Sequence[Mapping[Path, float]]
+    ms: float
+
+
 @register("medusa", "medusa+ngram")
 class MedusaProposer(Proposer):
     """Chains and trees of Medusa heads, with n-gram matches where they are asked for.
@@ -67,7 +77,7 @@ class MedusaProposer(Proposer):
         self._cells = SourceCells()
         self._requests: dict[str, _Request] = {}
         self._gate = LevelGate(1)
-        self._ran: tuple[list[Prospect], float] | None = None
+        self._ran: _Run | None = None
         self._num = max(NUM_CHILDREN, *(1 + path[-1] for path in self._paths or [(0,)]))
 
     def absorb(self, req_id: str, start: int, hidden_states: torch.Tensor) -> None:
@@ -79,7 +89,6 @@ class MedusaProposer(Proposer):
         self._gate.measure(lambda num_rows: self._best(hidden[:num_rows]), len(hidden), target)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
-        self._ran = None
         if not requests:
             return []
         began = time.perf_counter()
@@ -89,15 +98,20 @@ class MedusaProposer(Proposer):
         if not self._gate.opens(0, prospects):
             return drafts
         found = self._best(torch.stack([state.hidden for state in states]))
+        known = [draft.by_path() for draft in drafts]
         levels = zip(requests, *(best.tolist() for best in found), strict=True)
         drafts = [self._grow(request, _levels(*best)) for request, *best in levels]
-        self._ran = prospects, 1e3 * (time.perf_counter() - began)
+        self._ran = _Run(prospects, known, 1e3 * (time.perf_counter() - began))
         return drafts
 
     def granted(self, drafts: Sequence[Candidates]) -> None:
         if self._ran is not None:
-            prospects, ms = self._ran
-            self._gate.observe(0, prospects, [sum(draft.probs) for draft in drafts], ms)
+            gains = [
+                sum(prob - known.get(path, 0.0) for path, prob in draft.by_path().items())
+                for draft, known in zip(drafts, self._ran.known, strict=True)
+            ]
+            self._gate.observe(0, self._ran.prospects, gains, self._ran.ms)
+            self._ran = None
 
     def _best(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_heads = min(self.num_heads, self.config.num_speculative_tokens)

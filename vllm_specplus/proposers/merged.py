@@ -50,15 +50,14 @@ class MergedProposer(Proposer):
         return [self._merge(request, drafted) for request, drafted in of_requests]
 
     def granted(self, drafts: Sequence[Candidates]) -> None:
-        """Each part has brought the nodes that it proposed, whoever else did."""
-        nodes = [dict(zip(draft.paths(), draft.probs, strict=True)) for draft in drafts]
-        for part, drafted in zip(self.parts, self._drafted, strict=True):
-            part.learn(
-                [
-                    {path: prob for path, prob in of.items() if path[-1] in after(path[:-1])}
-                    for of, after in zip(nodes, drafted, strict=True)
-                ]
-            )
+        """A node that several parts propose counts for each in equal parts."""
+        nodes = [draft.by_path() for draft in drafts]
+        for of_request, drafted in zip(nodes, zip(*self._drafted, strict=True), strict=True):
+            for path in of_request:
+                of_request[path] /= sum(path[-1] in after(path[:-1]) for after in drafted)
+        for part in self.parts:
+            part.learn(nodes)
+        self._drafted = []
 
     def forget(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
