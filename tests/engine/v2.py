@@ -76,22 +76,21 @@ class Moved:
 
     def __init__(self) -> None:
         self.accepted = self.moved = 0
-        self.of = Counter[int]()
+        self.of = Counter[str]()
         commit = v2.TreeModelState.commit
 
         def counted(state: Any, input_batch: Any, path: torch.Tensor) -> None:
             self.accepted += int((path > 0).sum())
             moved = (path > torch.arange(path.shape[1])).sum(1).tolist()
             self.moved += sum(moved)
-            for req_id, num in zip(input_batch.req_ids, moved, strict=False):
-                self.of[int(req_id.partition("-")[0])] += num
+            places = (req_id.partition("-")[0] for req_id in input_batch.req_ids)
+            self.of.update(dict(zip(places, moved, strict=False)))
             commit(state, input_batch, path)
 
         v2.TreeModelState.commit = counted  # type: ignore[assignment,method-assign]
 
 
 MOVED = Moved()
-
 
 _STARTED: list[Engine] = []
 """vLLM tears the process' distributed state down, for all engines, when one is collected."""

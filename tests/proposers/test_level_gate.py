@@ -25,11 +25,11 @@ def priced(ms: float, row_ms: float = 0.0) -> LevelGate:
     return gate
 
 
-def settled(share: float, ms: float, row_ms: float = 0.0) -> LevelGate:
-    """One that has seen levels of one request bring `share` of what they could."""
+def settled(share: float, ms: float, row_ms: float = 0.0, num_reqs: int = 1) -> LevelGate:
+    """One that has seen levels of so many requests bring `share` of what they could."""
     gate = priced(ms, row_ms)
     for _ in range(200):
-        gate.observe(0, [ONE], [share], ms)
+        gate.observe(0, [ONE] * num_reqs, [share] * num_reqs, ms)
     return gate
 
 
@@ -60,7 +60,7 @@ def test_what_other_sources_know_is_not_worth_drafting() -> None:
 
 
 def test_requests_add_up() -> None:
-    gate = settled(0.4, 5.5)
+    gate = settled(0.4, 5.5, num_reqs=3)
     assert gate.opens(0, [ONE] * 3)
     assert not gate.opens(0, [ONE, ONE, replace(ONE, most=0.2)])
 
@@ -113,9 +113,9 @@ def test_the_time_of_a_prompt_is_not_learned() -> None:
 
 def test_what_a_level_brings_depends_on_the_size_of_the_batch() -> None:
     """Its nodes got rows while the request was alone, and none in a batch of 8."""
-    gate = settled(0.5, 0.5)
+    gate = settled(0.5, 2.0)
     for _ in range(100):
-        gate.observe(0, [ONE] * 8, [0.0] * 8, 0.5)
+        gate.observe(0, [ONE] * 8, [0.0] * 8, 2.0)
     assert not gate.opens(0, [ONE] * 8)
     assert gate.opens(0, [ONE])
 
