@@ -16,6 +16,7 @@ from vllm_specplus.core.cost import CostModel
 from vllm_specplus.core.growth import Candidates
 from vllm_specplus.proposers import medusa
 from vllm_specplus.proposers.base import DraftRequest
+from vllm_specplus.proposers.level_gate import LevelGate
 from vllm_specplus.proposers.medusa import MedusaProposer
 
 NUM_HEADS, STEPS, TEXT = 3, 600, [5, 6, 7, 8, 9]
@@ -84,3 +85,12 @@ def test_heads_whose_drafts_get_no_rows_are_left_out() -> None:
 def test_heads_that_add_nothing_to_ngrams_are_left_out() -> None:
     heads, drafts = run("medusa+ngram", right=True, heads_ms=20)
     assert drafts > 0 and heads.runs < STEPS / 4
+
+
+def test_heads_gain_what_n_grams_did_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    monkeypatch.setattr(LevelGate, "observe", lambda _, __, ___, gains, ____: heard.extend(gains))
+    run("medusa", right=True, heads_ms=20)
+    alone, heard[:] = np.mean(heard), []
+    run("medusa+ngram", right=True, heads_ms=20)
+    assert alone > 1 and np.mean(heard[len(heard) // 2 :]) < 0.5
