@@ -25,7 +25,7 @@ MAX_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random fp32 llama, in which greedy texts are equal token for token."""
+    """A random llama, which in fp32 has greedy texts that are equal token for token."""
     path = tmp_path_factory.mktemp("llama")
     save(BUILDERS["llama"](), path)
     return path
@@ -49,6 +49,8 @@ def test_generate_measures_and_compares(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     limits = [
         "--enforce-eager",
+        "--dtype",
+        "float32",
         "--max-tokens",
         str(MAX_TOKENS),
         "--max-model-len",
