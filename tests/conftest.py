@@ -45,10 +45,8 @@ if not torch.cuda.is_available() and find_spec("vllm"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The V2 engine's scenarios, which take longest, start first, then files with slow tests: what
-    is quick fills the end, where processes wait for each other."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name != "test_v2.py", item.path not in slow))
+    """The V2 engine's scenarios, which take longest, start first."""
+    items.sort(key=lambda item: item.path.name != "test_v2.py")
 
 
 @pytest.hookimpl(optionalhook=True)
