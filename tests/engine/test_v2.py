@@ -28,7 +28,7 @@ PROCESSES = {
     ("width",): "v2_width",
     ("settings", "medusa", "host", "gpu"): "v2_settings",
 }
-"""Groups that share a process and its engines, and their module, the longest first."""
+"""Groups that share a process and its engines, and their module, about the longest first."""
 MATRIX = (ROOT / "docs/v2-matrix.md").read_text()
 
 
