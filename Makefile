@@ -42,7 +42,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(shell nproc) --maxproces
 test: $(KERNELS) ## the whole test suite (under 20 minutes on 2 cores)
 	$(PYTEST)
 
-test-fast: $(KERNELS) ## the tests that are not marked slow (under 3 minutes)
+test-fast: $(KERNELS) ## the tests that are not marked slow (3 to 4 minutes)
 	$(PYTEST) -m "not slow"
 
 demo: $(KERNELS) ## a real model, plain and with speculation, side by side

@@ -39,8 +39,8 @@ if not torch.cuda.is_available() and find_spec("vllm"):
     @wrapt.when_imported("vllm.model_executor.models.registry")
     def _inspect_here(registry: Any) -> None:
         """vLLM asks a process of its own, which imports all again, what each class of models can
-        do, so that this one does not initialize CUDA. It keeps the answer, but not for us: the test
-        of benchmarks/gpu/run.sh asks as vLLM does."""
+        do, so that this one does not initialize CUDA. The test of benchmarks/gpu/run.sh, in
+        processes without this file, sees that vLLM's own way works too."""
         registry._run_in_subprocess = lambda ask: ask()
 
 

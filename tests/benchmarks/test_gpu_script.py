@@ -146,16 +146,16 @@ def test_one_cell_of_the_matrix_holds_here(tmp_path: Path) -> None:
         "--only",
         "equality",
         "--tiny",
-        EQUALITY="--temperatures 0.1 --ours heads",
+        EQUALITY="--temperatures 0.1 --ours static heads",
         OMP_NUM_THREADS=1,
         VLLM_CACHE_ROOT=tmp_path / "cache",  # nothing is known yet of any class of models
     )
     assert (status, "equality: ok" in summary) == (0, True), output[-3000:]
     [cell] = json.loads((tmp_path / "out/equality.json").read_text())["cells"]
     assert cell["problems"] == []
-    ours = f"{equality.OURS['heads']} at batch 1"
-    assert cell["equal"][ours] == "2 of 2"
-    assert cell["accepted"][ours] > 0
+    for name in ("static", "heads"):
+        assert cell["equal"][f"{equality.OURS[name]} at batch 1"] == "2 of 2"
+        assert cell["accepted"][f"{equality.OURS[name]} at batch 1"] > 0
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_mtp_heads_of_two_workers():
 
 
 @pytest.mark.slow
-def test_async_engine_streams_and_aborts():
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_async_engine_streams_and_aborts(method):
     asked = requests("greedy", 6)
-    assert_streamed(asked, reference("llama", asked), **DEFAULTS | spec_options("dynamic"))
+    assert_streamed(asked, reference("llama", asked), **DEFAULTS | spec_options(method))

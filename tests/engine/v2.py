@@ -13,7 +13,6 @@ import random
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,25 +71,22 @@ class Oracle(NgramTreeSpeculator):
 
 
 class Moved:
-    """Counts what the commits accepted and moved; `of`: moved by request, by its place in a run."""
+    """Counts what the commits accepted and moved."""
 
     def __init__(self) -> None:
         self.accepted = self.moved = 0
-        self.of = Counter[str]()
         commit = v2.TreeModelState.commit
 
         def counted(state: Any, input_batch: Any, path: torch.Tensor) -> None:
             self.accepted += int((path > 0).sum())
-            moved = (path > torch.arange(path.shape[1])).sum(1).tolist()
-            self.moved += sum(moved)
-            places = (req_id.partition("-")[0] for req_id in input_batch.req_ids)
-            self.of.update(dict(zip(places, moved, strict=False)))
+            self.moved += int((path > torch.arange(path.shape[1])).sum())
             commit(state, input_batch, path)
 
         v2.TreeModelState.commit = counted  # type: ignore[assignment,method-assign]
 
 
 MOVED = Moved()
+
 
 _STARTED: list[Engine] = []
 """vLLM tears the process' distributed state down, for all engines, when one is collected."""
