@@ -83,7 +83,12 @@ class SpecRound:
             self.budget.measured(config.step_costs)
         self.max_depth = config.num_speculative_tokens
         self.stats = SpecStats(self.max_depth)
-        self.ranks: RankCounts | None = None  # counted when asked for
+        self.ranks: RankCounts | None = None
+
+    def count_ranks(self) -> None:
+        """Counts which ranks are accepted from now on. Every draft gets its row and no level is
+        left out, whatever they cost: what was never drafted is never right."""
+        self.ranks, self.budget = RankCounts(), RowBudget()
 
     def stage(self, trees: Sequence[Tree], query_start_loc: np.ndarray) -> Staged:
         """Lays the trees over the step's rows: a request's last 1 + num_nodes rows are its tree.

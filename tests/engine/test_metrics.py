@@ -11,6 +11,7 @@ end counted as not paying. In tests/engine/v2.py: preempted requests counted aga
 from __future__ import annotations
 
 import logging
+from math import inf
 from unittest import mock
 
 import numpy as np
@@ -88,6 +89,19 @@ def test_a_proposer_hears_what_was_granted():
     (heard,) = granted.call_args.args
     assert [tuple(c.tokens) for c in heard] == [tuple(trees[i].tokens) for i in (0, 2)]
     assert sum(map(len, trees)) == 2 and not trees[1].tokens
+
+
+def test_where_ranks_are_counted_every_draft_has_its_row():
+    """Levels have no limit either: tokens of any worth open them (test_level_gate.py)."""
+    options = dict(speculative_model="[ngram]", num_speculative_tokens=4, tree="dynamic:4")
+    spec_round = SpecRound(SpecPlusConfig.model_validate(options))
+    spec_round.budget.measured({1: 1.0, 8: 100.0})
+    asked = DraftRequest("0", np.array([5, 6, 7] * 8), max_depth=4, max_nodes=4)
+    assert not len(*spec_round.propose([asked], row_ms=5.0))
+    spec_round.count_ranks()
+    with mock.patch.object(spec_round.proposer, "propose", wraps=spec_round.proposer.propose) as of:
+        assert len(*spec_round.propose([asked], row_ms=5.0)) == 4
+    assert of.call_args.args[0][0].token_ms == inf
 
 
 def test_one_line_is_logged_at_shutdown(caplog):

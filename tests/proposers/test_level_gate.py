@@ -8,6 +8,7 @@ are learned, one share for all sizes of batch, a trial of one level taken for on
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -48,6 +49,12 @@ def test_a_level_opens_while_its_time_is_unknown() -> None:
 def test_a_level_opens_if_its_tokens_are_clearly_worth_more_than_its_time(share, ms, opens) -> None:
     """Half again as much."""
     assert settled(share, ms).opens(0, [ONE]) is opens
+
+
+def test_tokens_of_any_worth_open_every_level() -> None:
+    """Of a level that brought nothing, too, and step after step."""
+    gate, any_worth = settled(0.0, ms=1e9), replace(ONE, min_prob=0.0, token_ms=inf)
+    assert all(gate.opens(0, [any_worth]) for _ in range(10))
 
 
 def test_what_other_sources_know_is_not_worth_drafting() -> None:

@@ -13,7 +13,9 @@ import torch
 
 from vllm_specplus.train.acceptance import Ranks, rank_of
 
-RANKS = Ranks(torch.tensor([[0, 0, 1, 0], [0, 3, 0, 0], [0, 0, 0, 5]]), ("a", "b", "a", "b"))
+RANKS = Ranks(
+    torch.tensor([[0, 0, 1, 0], [0, 3, 0, 0], [0, 0, 0, 5]]), ("a", "b", "a", "b"), (0, 0, 1, 1)
+)
 
 
 def test_rank() -> None:
@@ -42,6 +44,15 @@ def test_chain_ends_at_the_first_miss() -> None:
     assert RANKS.chain() == (3 + 1 + 0 + 2) / 4
 
 
+def test_walk() -> None:
+    """A round that accepts two tokens skips two roots; a text begins with a round of its own."""
+    rank = torch.tensor([[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 7, 0, 0]])
+    walk = Ranks(rank, tuple("aaaabbb"), (4, 4, 4, 4, 6, 6, 6)).walk()
+    assert walk.rank.tolist() == [[0, 1, 0, 0], [0, 0, 7, 0]]
+    assert walk.kinds == tuple("aabb") and walk.samples == (4, 4, 6, 6)
+    assert walk.reached() == [0.75, 0.5]
+
+
 def test_kinds() -> None:
     assert RANKS.of("a").rank.tolist() == [[0, 1], [0, 0], [0, 0]]
     assert RANKS.of("b").top(1) == [1.0, 0.5, 0.5] and RANKS.of("b").kinds == ("b", "b")
@@ -49,7 +60,7 @@ def test_kinds() -> None:
 
 def test_tree_is_chosen_on_other_rounds_than_it_is_counted_on() -> None:
     ranks = torch.tensor([[1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 2]])
-    tree = Ranks(ranks, ("a",) * 6)
+    tree = Ranks(ranks, ("a",) * 6, (0,) * 6)
     assert tree.tree(1) == pytest.approx(1 / 3)  # (0,): it comes before (1,)
     assert tree.tree(2) == pytest.approx(3 / 3)  # (1,)
     assert tree.tree(3) == pytest.approx(4 / 3)  # (1, 0): accepted 2, 1, 1
@@ -57,15 +68,16 @@ def test_tree_is_chosen_on_other_rounds_than_it_is_counted_on() -> None:
 
 def test_what_cannot_be_drafted_is_in_no_tree() -> None:
     """Rank 300 of a vocabulary of 300, or a rank that 50 siblings come before."""
-    assert Ranks(torch.full((2, 20), 300), ("a",) * 20).tree(16) == 0
-    assert Ranks(torch.full((2, 20), 50), ("a",) * 20).tree(16) == 0
+    for last in (300, 50):
+        ranks = Ranks(torch.full((2, 20), last), ("a",) * 20, (0,) * 20)
+        assert ranks.tree(16) == 0
 
 
 def test_tree_walk() -> None:
     """A tree's acceptance is the depth that a walk from the root reaches."""
     generator = torch.Generator().manual_seed(0)
     rank = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), 3000, True, generator=generator)
-    ranks = Ranks(rank.view(3, 1000), ("a",) * 1000)
+    ranks = Ranks(rank.view(3, 1000), ("a",) * 1000, (0,) * 1000)
     chosen, counted = rank.view(3, 1000)[:, ::2], rank.view(3, 1000)[:, 1::2]
     share = {
         (a, b): float(((chosen[0] == a) & (chosen[1] == b)).double().mean())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vllm_specplus.core.rank_counts import RankCounts
 from vllm_specplus.engine.compat import scoped
 from vllm_specplus.engine.compat_cpu import CPUWorker, cpu_worker
 from vllm_specplus.engine.metrics import CountingWorker
@@ -30,7 +29,7 @@ class SpecPlusCPUWorker(CountingWorker, CPUWorker):
 
     def specplus_count_ranks(self) -> None:
         """Has `specplus_measured` tell which ranks are accepted from now on."""
-        self.model_runner.round.ranks = RankCounts()
+        self.model_runner.round.count_ranks()
 
     def specplus_measured(self) -> dict[str, Any]:
         """Which ranks were accepted, and what steps cost; through `collective_rpc`."""

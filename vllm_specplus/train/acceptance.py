@@ -7,7 +7,7 @@ depth k counts only where all before it were right, so this is what a greedy eng
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,32 @@ def rank_of(logits: Tensor, place: Tensor) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """rank: int64 [num_depths, num_rounds], place of the right token among the drafts, from 0, in a
-    round whose root has a known token after it at every depth; kinds: of each round."""
+    round whose root has a known token after it at every depth; kinds: of each round; samples: the
+    number of its text, whose rounds come one after the other, a root each token."""
 
     rank: Tensor
     kinds: tuple[str, ...]
+    samples: tuple[int, ...]
 
     def of(self, kind: str) -> Ranks:
         """The rounds of one kind."""
-        chosen = torch.tensor([each == kind for each in self.kinds])
-        return Ranks(self.rank[:, chosen], (kind,) * int(chosen.sum()))
+        return self._take([place for place, each in enumerate(self.kinds) if each == kind])
+
+    def walk(self) -> Ranks:
+        """The rounds that a chain has: behind the tokens that one accepts, and one more, comes the
+        next. Easy text takes few of them."""
+        right = (self.rank == 0).long().cumprod(0).sum(0).tolist()
+        taken, sample, due = list[int](), -1, 0
+        for place, each in enumerate(self.samples):
+            if each != sample or place == due:
+                taken.append(place)
+                sample, due = each, place + right[place] + 1
+        return self._take(taken)
+
+    def _take(self, rounds: Sequence[int]) -> Ranks:
+        kinds = tuple(self.kinds[place] for place in rounds)
+        samples = tuple(self.samples[place] for place in rounds)
+        return Ranks(self.rank[:, list(rounds)], kinds, samples)
 
     def top(self, num: int) -> list[float]:
         """Per depth the share of rounds whose right token is among the first `num` drafts."""
@@ -50,7 +67,11 @@ class Ranks:
 
     def chain(self) -> float:
         """Drafts accepted a round by a chain of the first drafts."""
-        return float((self.rank == 0).double().cumprod(0).sum(0).mean())
+        return sum(self.reached())
+
+    def reached(self) -> list[float]:
+        """Per depth the share of rounds in which a chain is right down to there."""
+        return [float(share) for share in (self.rank == 0).double().cumprod(0).mean(1)]
 
     def tree(self, num_nodes: int) -> float:
         """Drafts accepted a round by a good static tree, chosen on every other round and counted on

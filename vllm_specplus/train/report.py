@@ -23,6 +23,7 @@ def summarize(ranks: Ranks) -> dict[str, dict[str, Any]]:
             "rounds": len(part.kinds),
             "top": {str(num): part.top(num) for num in TOP},
             "chain": part.chain(),
+            "walk": part.walk().chain(),
             "trees": {str(size): part.tree(size) for size in TREE_SIZES},
         }
         for kind, part in parts.items()
@@ -32,12 +33,12 @@ def summarize(ranks: Ranks) -> dict[str, dict[str, Any]]:
 def table(summary: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The summary as rows of text, the first the header."""
     depths = range(1, 1 + len(summary[ALL]["top"]["1"]))
-    head = ["text", "rounds", *(f"depth {depth}" for depth in depths), "chain"]
+    head = ["text", "rounds", *(f"depth {depth}" for depth in depths), "chain", "walk"]
     rows = [[*head, *(f"tree {size}" for size in TREE_SIZES)]]
     for kind, part in summary.items():
         tops = zip(*(part["top"][str(num)] for num in TOP), strict=True)
         shares = [" / ".join(f"{share:.3f}" for share in top) for top in tops]
-        accepted = [part["chain"], *part["trees"].values()]
+        accepted = [part["chain"], part["walk"], *part["trees"].values()]
         rows.append([kind, str(part["rounds"]), *shares, *(f"{each:.2f}" for each in accepted)])
     return rows
 
@@ -55,8 +56,10 @@ def write(folder: Path, ranks: Ranks, progress: Progress, about: dict[str, Any])
     legend = (
         "Greedy held-out text, the right tokens before each draft. Per depth: the share of rounds "
         f"whose right token is among the first {', '.join(map(str, TOP))} drafts. Chain, tree N: "
-        "drafts accepted a round (the root's own token not counted); tree nodes are chosen on "
-        "every other round and counted on the rest."
+        "drafts accepted a round (the root's own token not counted), with a round at every token; "
+        "tree nodes are chosen on every other round and counted on the rest. Walk: the chain where "
+        "the next round begins behind what it accepted, as in an engine, so that easy text counts "
+        "less."
     )
     (folder / "report.md").write_text("\n\n".join([title, legend, "\n".join(lines)]) + "\n")
     _plot(folder / "report.png", summary, progress)

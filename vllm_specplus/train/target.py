@@ -25,6 +25,7 @@ class Writer:
         chat: bool,
         seed: int,
         dtype: str = "auto",
+        **engine: Any,
     ) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -38,6 +39,7 @@ class Writer:
             seed=seed,
             enforce_eager=True,
             **memory,
+            **engine,
         )
         self.prompt_tokens, self.new_tokens, self.chat = prompt_tokens, new_tokens, chat
 

@@ -130,7 +130,7 @@ class HeadsTrainer:
 
         num_samples: a first look at so many samples, over the loss's vocabulary; None for all.
         """
-        ranks, kinds = [], []
+        ranks, kinds, samples = [], [], []
         all_tokens = self.heads.drafts_all_tokens and num_samples is None
         head = self.corpus.teacher.head.to(self.dtype) if all_tokens else self.head
         for index in self.corpus.held_out[:num_samples]:
@@ -147,7 +147,8 @@ class HeadsTrainer:
                 found.append(rank_of(outputs[depth] @ head.T, place).cpu())
             ranks.append(torch.stack(found))
             kinds += [self.corpus.text.kinds[index]] * len(rows)
-        return Ranks(torch.cat(ranks, dim=1), tuple(kinds))
+            samples += [index] * len(rows)
+        return Ranks(torch.cat(ranks, dim=1), tuple(kinds), tuple(samples))
 
     def _evaluate_some(self) -> None:
         ranks = self.evaluate(self.settings.eval_samples)
