@@ -127,12 +127,27 @@ def watch_drafts(monkeypatch):
     return drafted, hidden_states
 
 
-def mismatches(drafted, hidden_states, model, heads):
-    """How many of the drafts are not what the dense modules give after the whole sequence."""
+def watch_firsts(monkeypatch):
+    """From which position on rows see what is committed, of all that is drafted."""
+    firsts: list[int] = []
+    rows = by_level._Draft.rows
+
+    def watched(self, level):
+        of_level = rows(self, level)
+        firsts.append(of_level.first)
+        return of_level
+
+    monkeypatch.setattr(by_level._Draft, "rows", watched)
+    return firsts
+
+
+def mismatches(drafted, hidden_states, model, heads, first):
+    """How many of the drafts are not what the dense modules give after the sequence from its
+    `first` token on."""
     wrong = 0
     for known, path, below in drafted:
-        target_states = torch.stack([hidden_states[t] for t in range(len(known) - 1)])
-        tokens = torch.tensor([*known[1:], *path, 0, 0][: len(known) + 1])
+        target_states = torch.stack([hidden_states[t] for t in range(first, len(known) - 1)])
+        tokens = torch.tensor([*known[first + 1 :], *path, 0, 0][: len(known) + 1 - first])
         embeddings = functional.embedding(tokens, model._embedding) * model._embed_scale
         state = heads(target_states[None], embeddings[None])[len(path), 0, -1]
         (expected,) = model.best_tokens(len(path), state[None], NUM_CHILDREN)
@@ -145,18 +160,28 @@ def mismatches(drafted, hidden_states, model, heads):
 
 @pytest.mark.parametrize("hidden_state_from", ["previous", "target"])
 @pytest.mark.parametrize("tree", ["chain", "dynamic:12"])
+@pytest.mark.parametrize("most", [by_level.MAX_MISSED_ROWS, 40])
 @torch.inference_mode()
-def test_drafts_are_those_of_the_dense_modules(tree, hidden_state_from, monkeypatch):
+def test_drafts_are_those_of_the_dense_modules(most, tree, hidden_state_from, monkeypatch):
+    """Over the whole text, or from a block on where modules began anew behind a long prompt."""
+    monkeypatch.setattr(by_level, "MAX_MISSED_ROWS", most)
+    monkeypatch.setattr(by_level, "NUM_CAUGHT_UP", 20)
     path = random_path(hidden_state_from=hidden_state_from)
     drafting = engine("sliding", "mtp3+ngram", tree, path, max_num_batched_tokens=64)
     heads = MTPHeads.from_checkpoint(load_heads(path))
     drafted, hidden_states = watch_drafts(monkeypatch)
+    firsts, begun = watch_firsts(monkeypatch), set[int]()
     for request in [Request(p, params("greedy", max_tokens=30)) for p in prompts(4, longest=150)]:
         drafted.clear()
         hidden_states.clear()
+        firsts.clear()
         drafting.run([request])
+        (first,) = set(firsts)
+        begun.add(first)
         assert {len(path) for _, path, _ in drafted} == {0, 1, 2}
-        assert mismatches(drafted, hidden_states, drafting.spec_round.proposer.model, heads) == 0
+        model = drafting.spec_round.proposer.model
+        assert mismatches(drafted, hidden_states, model, heads, first) == 0
+    assert (begun == {0}) == (most > 150)
     assert drafting.extra_tokens > 0
 
 

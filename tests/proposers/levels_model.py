@@ -14,10 +14,11 @@ class FunctionModel:
     """`DraftModel` that knows the target, a function of the last two tokens, by heart.
 
     The token before the last it has from the slots that a row sees and, if it reads hidden states,
-    from these too: that of a position is its token. A row must see one slot for each position.
+    from these too: that of a position is its token. A row must see one slot for each position from its
+    request's first on.
     """
 
-    num_caches = 1
+    num_caches, block_size = 1, 8
 
     def __init__(
         self,
@@ -44,9 +45,10 @@ class FunctionModel:
         for window in rows.windows():
             for mask in window.masks:
                 bits = [bit for bit in range(mask.bit_length()) if mask >> bit & 1]
-                slots = [*range(window.context_len), *(window.context_len + bit for bit in bits)]
+                known = range(rows.first, window.context_len)
+                slots = [*known, *(window.context_len + bit for bit in bits)]
                 seen = dict(kept[slot] for slot in slots)
-                assert sorted(seen) == list(range(len(slots)))
+                assert sorted(seen) == list(range(rows.first, rows.first + len(slots)))
                 before, token = ([0, *(seen[position] for position in sorted(seen))])[-2:]
                 if self.state_size:
                     state = int(rows.hidden_states[len(pairs), 0])

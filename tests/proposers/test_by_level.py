@@ -1,8 +1,8 @@
 """Two sources in one tree; what the modules draft is tested in tests/engine/test_mtp.py.
 
 Sabotages that were caught: duplicates kept apart, one cell for all sources, outcomes that are not
-learned, n-grams asked after a token that they have not proposed, a frontier
-beyond the slots, levels that count nodes without rows, or those of n-grams.
+learned, n-grams asked after a token that they have not proposed, a frontier beyond the slots, levels
+that count nodes without rows, or those of n-grams; modules that begin anew without those behind.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from math import log
 
 import numpy as np
 import pytest
+import torch
 
 from tests.proposers.conformance import Decoding, make, mixing
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.proposers.base import DraftRequest
-from vllm_specplus.proposers.by_level import _Draft, _Request
+from vllm_specplus.proposers.by_level import MAX_MISSED_ROWS, _Draft, _Request
 from vllm_specplus.proposers.merged import by_levels
 from vllm_specplus.proposers.sources import SourceCells
 
@@ -35,7 +36,7 @@ def draft(cells: SourceCells, state: _Request) -> _Draft:
 
 
 def new_state() -> _Request:
-    return _Request(1, [1] * 3, [[], [], []])
+    return _Request(1, [0] * 3, [1] * 3, [[], [], []])
 
 
 def test_a_token_of_both_sources_is_one_candidate() -> None:
@@ -83,6 +84,36 @@ def test_only_nodes_that_have_run_are_continued() -> None:
     narrow.branch(1, [{3: 0.01}])
     assert narrow.nodes == [(5,), (5, 3)] and list(narrow.frontier) == [(5, 3)]
     assert (9, 6) in narrow.grow(3).paths()
+
+
+def test_modules_that_have_missed_many_rows_begin_anew() -> None:
+    """In the block of the last rows that count, with those behind them; before that, not at all."""
+    rows = [torch.arange(300.0)[:, None], torch.arange(3.0)[:, None]]
+    state = _Request(300, [0] * 3, [0] * 3, [[rows[0]], [rows[1]], []])
+    state.forget_missed(0, MAX_MISSED_ROWS, 32)
+    assert state.starts == [0, 0, 0] and len(state.inputs[0][0]) == 300
+    state.forget_missed(0, 300, 512)  # all in one block
+    assert state.starts == [0, 0, 0]
+    state.forget_missed(0, 300, 32)
+    assert state.firsts == state.starts == [160, 160, 160]
+    assert state.inputs[0][0].flatten().tolist() == list(range(160, 300))
+    assert not len(state.inputs[1][0]) and state.inputs[2] == []
+
+
+def test_a_module_that_stayed_closed_begins_anew_alone() -> None:
+    state = _Request(300, [0] * 3, [300, 7, 7], [[], [torch.zeros(293, 1)], []])
+    state.forget_missed(1, 300, 16)
+    assert state.firsts == [0, 160, 160] and state.starts == [300, 160, 160]
+    assert len(state.inputs[1][0]) == 140
+
+
+@pytest.mark.parametrize(("method", "first"), [("mtp3", 16), ("draft", 0)])
+def test_modules_see_nothing_of_cached_blocks(method: str, first: int) -> None:
+    """Whose rows they may have left out; draft models leave out none."""
+    (proposer,) = by_levels(make(method))
+    proposer.absorb("0", 17, torch.zeros(3, 1))
+    (state,) = proposer._requests.values()
+    assert set(state.firsts) == {first} and set(state.starts) == {17}
 
 
 def depths(num_nodes: int | None, method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -1,13 +1,18 @@
 """Rows of a level: positions, and who sees whom.
 
 Sabotages that were caught: committed rows that see the row behind them, nodes that see the node
-before them instead of their parent, nodes one position too far.
+before them instead of their parent, nodes one position too far, rows of a first block in the place
+of the request's.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 
+from vllm_specplus.engine.drafters.paged import paged_rows
 from vllm_specplus.proposers.levels import RequestRows
 
 
@@ -40,6 +45,18 @@ def test_nodes_see_what_is_committed_and_their_path() -> None:
     committed = [0, 1, 2, 3, 4, 5]
     paths = [[6], [7], [6, 8], [6, 9], [7, 10], [6, 9, 11]]
     assert visible(each)[2:] == [committed + path for path in paths]
+
+
+def test_rows_lie_where_the_target_has_theirs_and_see_their_first_block_first() -> None:
+    """Blocks before it may be those of other requests too, whose rows are not to be overwritten."""
+    table = torch.tensor([[9, 9, 9, 9], [3, 7, 5, 2]], dtype=torch.int32)
+    blocks = SimpleNamespace(block_size=4, block_table=SimpleNamespace(cpu=table))
+    each = rows(start=9, num_known=2, parents=[-1, 0], depths=[1, 2])
+    paged = paged_rows([replace(each, index=1, first=4)], blocks)
+    assert paged.slot_mapping.tolist() == [21, 22, 23, 8]
+    assert paged.tree.block_table[0, :3].tolist() == [7, 5, 2]
+    assert paged.tree.context_lens.tolist() == [5, 7]
+    assert paged.tree.positions.tolist() == [5, 6, 7, 8] and each.positions()[0] == 9
 
 
 def test_nodes_alone() -> None:

@@ -18,7 +18,8 @@ class RequestRows:
     index: its row in the engine's batch. start: the first position, up to which the module has keys
     and values; the rows lie in KV slots `start`, `start + 1`, ... tokens: one per row. parents,
     depths: per node, the node above it (-1: none) and its depth, from 1 on. hidden_states:
-    [num_rows, state_size].
+    [num_rows, state_size]. first: the first slot that they see, where a block begins; the module
+    has seen nothing before it.
     """
 
     index: int
@@ -28,6 +29,7 @@ class RequestRows:
     parents: Sequence[int]
     depths: Sequence[int]
     hidden_states: torch.Tensor
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,7 +57,7 @@ class RequestRows:
 class Window:
     """Rows that lie side by side in KV slots `context_len`, `context_len + 1`, ...
 
-    A row sees all slots before these, and the row of each set bit in its word of `masks`.
+    A row sees all slots from its request's first one to these, and the row of each set bit in its word of `masks`.
     """
 
     context_len: int
@@ -80,9 +82,11 @@ class DraftModel(Protocol):
     num_caches: levels with a module and a cache of their own. Deeper ones run the last of these
     modules over its own cache, one position on each time: one module is unrolled.
     hidden_state_from: with None, its rows stand at the positions of their tokens, else before them.
-    state_size: features of the hidden state that a row takes, 0 with None.
+    state_size: features of the hidden state that a row takes, 0 with None. block_size: KV slots of
+    a block.
     """
 
+    block_size: int
     num_levels: int
     num_caches: int
     hidden_state_from: HiddenStates

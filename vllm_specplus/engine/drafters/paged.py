@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -34,23 +35,27 @@ class PagedRows:
 
 
 def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
-    """The rows of a level over a block table of the runner's."""
-    windows = [(rows.index, window) for rows in requests for window in rows.windows()]
+    """The rows of a level over a block table of the runner's, from each request's first block."""
+    size = block_table.block_size
+    windows = [(rows, window) for rows in requests for window in rows.windows()]
     lengths = [len(window.masks) for _, window in windows]
+    firsts = torch.tensor([rows.first // size for rows, _ in windows])
+    table = block_table.block_table.cpu[[rows.index for rows, _ in windows]]
+    seen = torch.arange(table.shape[1]) + firsts[:, None]
+    contexts = [window.context_len - rows.first for rows, window in windows]
     owners = torch.arange(len(windows)).repeat_interleave(torch.tensor(lengths))
     masks = np.array([mask for _, window in windows for mask in window.masks], np.uint64)
     tree = TreeRows(
-        block_table=block_table.block_table.cpu[[index for index, _ in windows]],
+        block_table=table.gather(1, seen.clamp(max=table.shape[1] - 1)),
         query_start_loc=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         requests=None,
         covers_all=True,
         ancestor_mask=torch.from_numpy(masks.view(np.int64))[:, None],
-        positions=torch.cat([rows.positions() for rows in requests]),
-        context_lens=torch.tensor([w.context_len for _, w in windows], dtype=torch.int32),
+        positions=torch.cat([rows.positions() - rows.first for rows in requests]),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
     )
     rows = torch.arange(len(owners))
     slots = rows - tree.query_start_loc[owners] + tree.context_lens[owners]
-    size = block_table.block_size
     blocks = tree.block_table[owners, slots // size].long()
     return PagedRows(tree, blocks * size + slots % size)
 
@@ -71,6 +76,11 @@ class PagedLayers(ABC):
         """Tells the runner's block table of a KV cache group."""
         own = {layer.layer_name for layer in self.layers}.intersection(layer_names)
         self._block_tables |= dict.fromkeys(own, block_table)
+
+    @property
+    def block_size(self) -> int:
+        """KV slots after which a block begins in all of the layers."""
+        return lcm(*(table.block_size for table in self._block_tables.values()))
 
     def num_slots(self, index: int) -> int:
         """KV slots of row `index` of the batch in all of the layers, up to the longest length."""
