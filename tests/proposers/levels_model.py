@@ -14,8 +14,8 @@ class FunctionModel:
     """`DraftModel` that knows the target, a function of the last two tokens, by heart.
 
     The token before the last it has from the slots that a row sees and, if it reads hidden states,
-    from these too: that of a position is its token. A row must see one slot for each position from its
-    request's first on.
+    from these too: that of a position is its token. A row must see one slot for each position from
+    its first one on.
     """
 
     num_caches, block_size = 1, 8
@@ -45,8 +45,8 @@ class FunctionModel:
         for window in rows.windows():
             for mask in window.masks:
                 bits = [bit for bit in range(mask.bit_length()) if mask >> bit & 1]
-                known = range(rows.first, window.context_len)
-                slots = [*known, *(window.context_len + bit for bit in bits)]
+                known = window.context_len + rows.first
+                slots = [*range(rows.first, known), *(known + bit for bit in bits)]
                 seen = dict(kept[slot] for slot in slots)
                 assert sorted(seen) == list(range(rows.first, rows.first + len(slots)))
                 before, token = ([0, *(seen[position] for position in sorted(seen))])[-2:]

@@ -1,8 +1,9 @@
 """Two sources in one tree; what the modules draft is tested in tests/engine/test_mtp.py.
 
 Sabotages that were caught: duplicates kept apart, one cell for all sources, outcomes that are not
-learned, n-grams asked after a token that they have not proposed, a frontier beyond the slots, levels
-that count nodes without rows, or those of n-grams; modules that begin anew without those behind.
+learned, n-grams asked after a token that they have not proposed, a frontier beyond the slots,
+levels that count nodes without rows, or those of n-grams; modules that begin anew without those
+behind.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def draft(cells: SourceCells, state: _Request) -> _Draft:
 
 
 def new_state() -> _Request:
-    return _Request(1, [0] * 3, [1] * 3, [[], [], []])
+    return _Request(8, 1, [0] * 3, [1] * 3, [[], [], []])
 
 
 def test_a_token_of_both_sources_is_one_candidate() -> None:
@@ -89,22 +90,22 @@ def test_only_nodes_that_have_run_are_continued() -> None:
 def test_modules_that_have_missed_many_rows_begin_anew() -> None:
     """In the block of the last rows that count, with those behind them; before that, not at all."""
     rows = [torch.arange(300.0)[:, None], torch.arange(3.0)[:, None]]
-    state = _Request(300, [0] * 3, [0] * 3, [[rows[0]], [rows[1]], []])
-    state.forget_missed(0, MAX_MISSED_ROWS, 32)
+    state = _Request(512, 300, [0] * 3, [0] * 3, [[rows[0]], [rows[1]], []])
+    state.forget_missed(0, 300)  # all are in one block
+    state.block_size = 32
+    state.forget_missed(0, MAX_MISSED_ROWS)
     assert state.starts == [0, 0, 0] and len(state.inputs[0][0]) == 300
-    state.forget_missed(0, 300, 512)  # all in one block
-    assert state.starts == [0, 0, 0]
-    state.forget_missed(0, 300, 32)
-    assert state.firsts == state.starts == [160, 160, 160]
-    assert state.inputs[0][0].flatten().tolist() == list(range(160, 300))
+    state.forget_missed(0, 300)
+    assert state.firsts == state.starts == [224, 224, 224]
+    assert state.inputs[0][0].flatten().tolist() == list(range(224, 300))
     assert not len(state.inputs[1][0]) and state.inputs[2] == []
 
 
 def test_a_module_that_stayed_closed_begins_anew_alone() -> None:
-    state = _Request(300, [0] * 3, [300, 7, 7], [[], [torch.zeros(293, 1)], []])
-    state.forget_missed(1, 300, 16)
-    assert state.firsts == [0, 160, 160] and state.starts == [300, 160, 160]
-    assert len(state.inputs[1][0]) == 140
+    state = _Request(16, 300, [0] * 3, [300, 7, 7], [[], [torch.zeros(293, 1)], []])
+    state.forget_missed(1, 300)
+    assert state.firsts == [0, 224, 224] and state.starts == [300, 224, 224]
+    assert len(state.inputs[1][0]) == 76
 
 
 @pytest.mark.parametrize(("method", "first"), [("mtp3", 16), ("draft", 0)])

@@ -40,11 +40,11 @@ from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import SourceCells, Sources
 
-MAX_MISSED_ROWS = 256
+MAX_MISSED_ROWS = 192
 """Committed rows of a request that a module may catch up with; if it has missed more, it goes on
 from the last of them alone. A module of one layer drafts from little context: with heads for
-Gemma-3-270M behind prompts of 538 to 1513 tokens, 128 of them did as well as all."""
-NUM_CAUGHT_UP = 128
+Gemma-3-270M behind prompts of 538 to 1513 tokens, 64 of them did as well as all."""
+NUM_CAUGHT_UP = 64
 """How many it sees then at least; the rest of a block comes on top."""
 MODELS = ("draft", "eagle", "eagle3", "mtp", "mtp3")
 """The methods that draft level by level."""
@@ -56,9 +56,10 @@ class _Request:
 
     end: position behind the last one whose hidden state has come. firsts: per cache, where what its
     module has seen begins. starts: per cache, the first position behind that. inputs: per cache,
-    hidden states from there on.
+    hidden states from there on. block_size: the model's.
     """
 
+    block_size: int
     end: int
     firsts: list[int]
     starts: list[int]
@@ -70,10 +71,10 @@ class _Request:
         """The cache, from 0 on, that a level keeps its rows in."""
         return min(level, len(self.starts) - 1)
 
-    def forget_missed(self, cache: int, end: int, block_size: int) -> None:
+    def forget_missed(self, cache: int, end: int) -> None:
         """Has a module that has missed many rows up to `end` begin anew, in the block of one of the
         last of them, and with it the modules behind, which take what it gives."""
-        first = (end - NUM_CAUGHT_UP) // block_size * block_size
+        first = (end - NUM_CAUGHT_UP) // self.block_size * self.block_size
         if end - self.starts[cache] <= MAX_MISSED_ROWS or first <= self.starts[cache]:
             return
         for each in range(cache, len(self.starts)):
@@ -154,12 +155,7 @@ class _Draft:
         return inputs[len(path) - 1 : len(path)]
 
     def advance(
-        self,
-        level: int,
-        num_known: int,
-        last: torch.Tensor,
-        hidden_states: torch.Tensor,
-        block_size: int,
+        self, level: int, num_known: int, last: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """Takes what a level returned of its rows; returns the rows of `last` of the frontier."""
         state, cache = self.state, self.state.cache(level)
@@ -168,7 +164,7 @@ class _Draft:
             state.inputs[cache] = [torch.cat(state.inputs[cache])[num_known:].clone()]
         if self._reads == "previous" and cache + 1 < len(state.inputs):
             state.inputs[cache + 1].append(hidden_states[:num_known].clone())
-            state.forget_missed(cache + 1, state.starts[cache], block_size)
+            state.forget_missed(cache + 1, state.starts[cache])
         root = hidden_states[num_known - 1] if num_known else self._hidden_states[()]
         nodes = zip(self.nodes, hidden_states[num_known:], strict=True)
         self._hidden_states = {(): root, **dict(nodes)}
@@ -279,17 +275,18 @@ class LevelProposer(Proposer):
         model, state = self.model, self._requests.get(req_id)
         caches, reads = model.num_caches, model.hidden_state_from
         if state is None or state.end != start:
-            first = 0 if reads is None else start // model.block_size * model.block_size
-            state = _Request(start, [first] * caches, [start] * caches, [[] for _ in range(caches)])
+            size, inputs = model.block_size, [list[torch.Tensor]() for _ in range(caches)]
+            first = 0 if reads is None else start // size * size
+            state = _Request(size, start, [first] * caches, [start] * caches, inputs)
             self._requests[req_id] = state
         state.end += len(hidden_states)
         takers = {None: 0, "previous": 1, "target": caches}[reads]
         if takers:
             kept = hidden_states.clone()
-            for inputs in state.inputs[:takers]:
-                inputs.append(kept)
+            for of_cache in state.inputs[:takers]:
+                of_cache.append(kept)
             for cache in range(takers):
-                state.forget_missed(cache, state.end, model.block_size)
+                state.forget_missed(cache, state.end)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Candidates]:
         depth = self.config.num_speculative_tokens
@@ -338,7 +335,7 @@ class LevelProposer(Proposer):
         lens = [len(each) for each in rows]
         states = zip(*(part.split(lens) for part in self.model.forward(level, rows)), strict=True)
         frontiers = [
-            draft.advance(level, each.num_known, *of_rows, self.model.block_size)
+            draft.advance(level, each.num_known, *of_rows)
             for draft, each, of_rows in zip(drafts, rows, states, strict=True)
         ]
         children = iter(self.model.best_tokens(level, torch.cat(frontiers), NUM_CHILDREN))

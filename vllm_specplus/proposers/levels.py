@@ -40,24 +40,30 @@ class RequestRows:
         nodes = torch.tensor(self.depths, dtype=torch.int64) + (end - 1)
         return torch.cat([torch.arange(self.start, end), nodes])
 
+    def blocks(self, table: torch.Tensor, block_size: int) -> torch.Tensor:
+        """The request's row of a block table, from its first block on: [num_blocks]."""
+        return table[self.index].roll(-self.first // block_size)
+
     def windows(self) -> Iterator[Window]:
         """The rows in runs that one ancestor word covers: committed ones are causal, nodes see
         all committed rows and their own path."""
-        for first in range(0, self.num_known, WORD_BITS):
-            length = min(WORD_BITS, self.num_known - first)
-            yield Window(self.start + first, [(2 << row) - 1 for row in range(length)])
+        start = self.start - self.first
+        for row in range(0, self.num_known, WORD_BITS):
+            length = min(WORD_BITS, self.num_known - row)
+            yield Window(start + row, [(2 << bit) - 1 for bit in range(length)])
         if self.parents:
             paths: list[int] = []
             for node, parent in enumerate(self.parents):
                 paths.append((paths[parent] if parent >= 0 else 0) | 1 << node)
-            yield Window(self.start + self.num_known, paths)
+            yield Window(start + self.num_known, paths)
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Rows that lie side by side in KV slots `context_len`, `context_len + 1`, ...
+    """Rows that lie side by side in KV slots `context_len`, `context_len + 1`, ..., counted from
+    their request's first one.
 
-    A row sees all slots from its request's first one to these, and the row of each set bit in its word of `masks`.
+    A row sees all slots before these, and the row of each set bit in its word of `masks`.
     """
 
     context_len: int

@@ -36,26 +36,21 @@ class PagedRows:
 
 def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
     """The rows of a level over a block table of the runner's, from each request's first block."""
-    size = block_table.block_size
     windows = [(rows, window) for rows in requests for window in rows.windows()]
+    size, table = block_table.block_size, block_table.block_table.cpu
     lengths = [len(window.masks) for _, window in windows]
-    firsts = torch.tensor([rows.first // size for rows, _ in windows])
-    table = block_table.block_table.cpu[[rows.index for rows, _ in windows]]
-    seen = torch.arange(table.shape[1]) + firsts[:, None]
-    contexts = [window.context_len - rows.first for rows, window in windows]
     owners = torch.arange(len(windows)).repeat_interleave(torch.tensor(lengths))
     masks = np.array([mask for _, window in windows for mask in window.masks], np.uint64)
     tree = TreeRows(
-        block_table=table.gather(1, seen.clamp(max=table.shape[1] - 1)),
+        block_table=torch.stack([rows.blocks(table, size) for rows, _ in windows]),
         query_start_loc=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         requests=None,
         covers_all=True,
         ancestor_mask=torch.from_numpy(masks.view(np.int64))[:, None],
         positions=torch.cat([rows.positions() - rows.first for rows in requests]),
-        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        context_lens=torch.tensor([w.context_len for _, w in windows], dtype=torch.int32),
     )
-    rows = torch.arange(len(owners))
-    slots = rows - tree.query_start_loc[owners] + tree.context_lens[owners]
+    slots = torch.arange(len(owners)) + (tree.context_lens - tree.query_start_loc[:-1])[owners]
     blocks = tree.block_table[owners, slots // size].long()
     return PagedRows(tree, blocks * size + slots % size)
 
@@ -63,30 +58,27 @@ def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
 class PagedLayers(ABC):
     """A draft model's attention layers, and the runner's block tables of their KV cache groups.
 
-    max_len: the longest length of the draft model, which may be less than the target's.
+    max_len: the longest length of the draft model, which may be less than the target's. block_size:
+    KV slots after which a block begins in all groups.
     """
 
+    block_size = 1
+
     def __init__(self, layers: Sequence[Any], vllm_config: VllmConfig, max_len: int) -> None:
-        self.layers = layers
+        self.layers, self.max_len = layers, max_len
         self._vllm_config = vllm_config
-        self.max_len = max_len
         self._block_tables: dict[str, Any] = {}
 
     def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
         """Tells the runner's block table of a KV cache group."""
         own = {layer.layer_name for layer in self.layers}.intersection(layer_names)
         self._block_tables |= dict.fromkeys(own, block_table)
-
-    @property
-    def block_size(self) -> int:
-        """KV slots after which a block begins in all of the layers."""
-        return lcm(*(table.block_size for table in self._block_tables.values()))
+        self.block_size = lcm(self.block_size, block_table.block_size)
 
     def num_slots(self, index: int) -> int:
         """KV slots of row `index` of the batch in all of the layers, up to the longest length."""
-        tables = {id(table): table for table in self._block_tables.values()}.values()
-        slots = (int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
-        return min(self.max_len, *slots)
+        tables = self._block_tables.values()
+        return min(self.max_len, *(int(t.num_blocks_per_row[index]) * t.block_size for t in tables))
 
     def forward(self, level: int, requests: Sequence[RequestRows]) -> Outputs:
         """See `DraftModel`."""
