@@ -88,7 +88,7 @@ class SpecRound:
     def count_ranks(self) -> None:
         """Counts which ranks are accepted from now on. Every draft gets its row and no level is
         left out, whatever they cost: what was never drafted is never right."""
-        self.ranks, self.budget = RankCounts(), RowBudget()
+        self.ranks, self.budget.cost = RankCounts(), None
 
     def stage(self, trees: Sequence[Tree], query_start_loc: np.ndarray) -> Staged:
         """Lays the trees over the step's rows: a request's last 1 + num_nodes rows are its tree.

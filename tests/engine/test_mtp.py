@@ -160,12 +160,12 @@ def mismatches(drafted, hidden_states, model, heads, first):
 
 @pytest.mark.parametrize("hidden_state_from", ["previous", "target"])
 @pytest.mark.parametrize("tree", ["chain", "dynamic:12"])
-@pytest.mark.parametrize("most", [by_level.MAX_MISSED_ROWS, 40])
+@pytest.mark.parametrize("most", [by_level.MAX_CAUGHT_UP, 40])
 @torch.inference_mode()
 def test_drafts_are_those_of_the_dense_modules(most, tree, hidden_state_from, monkeypatch):
     """Over the whole text, or from a block on where modules began anew behind a long prompt."""
-    monkeypatch.setattr(by_level, "MAX_MISSED_ROWS", most)
-    monkeypatch.setattr(by_level, "NUM_CAUGHT_UP", 20)
+    monkeypatch.setattr(by_level, "MAX_CAUGHT_UP", most)
+    monkeypatch.setattr(by_level, "LEAST_CAUGHT_UP", 20)
     path = random_path(hidden_state_from=hidden_state_from)
     drafting = engine("sliding", "mtp3+ngram", tree, path, max_num_batched_tokens=64)
     heads = MTPHeads.from_checkpoint(load_heads(path))

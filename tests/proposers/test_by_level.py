@@ -3,7 +3,7 @@
 Sabotages that were caught: duplicates kept apart, one cell for all sources, outcomes that are not
 learned, n-grams asked after a token that they have not proposed, a frontier beyond the slots,
 levels that count nodes without rows, or those of n-grams; modules that begin anew without those
-behind.
+behind, or never while they are closed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from tests.proposers.conformance import Decoding, make, mixing
+from tests.proposers.levels_model import FunctionModel
 from vllm_specplus.core.cost import CostModel
 from vllm_specplus.proposers.base import DraftRequest
-from vllm_specplus.proposers.by_level import MAX_MISSED_ROWS, _Draft, _Request
+from vllm_specplus.proposers.by_level import MAX_CAUGHT_UP, _Draft, _Request
+from vllm_specplus.proposers.levels import HiddenStates
 from vllm_specplus.proposers.merged import by_levels
 from vllm_specplus.proposers.sources import SourceCells
 
@@ -89,32 +91,55 @@ def test_only_nodes_that_have_run_are_continued() -> None:
 
 def test_modules_that_have_missed_many_rows_begin_anew() -> None:
     """In the block of the last rows that count, with those behind them; before that, not at all."""
-    rows = [torch.arange(300.0)[:, None], torch.arange(3.0)[:, None]]
-    state = _Request(512, 300, [0] * 3, [0] * 3, [[rows[0]], [rows[1]], []])
+    state = _Request(512, 300, [0] * 3, [0] * 3, [[torch.arange(300.0)[:, None]], [], []])
     state.forget_missed(0, 300)  # all are in one block
     state.block_size = 32
-    state.forget_missed(0, MAX_MISSED_ROWS)
+    state.forget_missed(0, MAX_CAUGHT_UP)
     assert state.starts == [0, 0, 0] and len(state.inputs[0][0]) == 300
     state.forget_missed(0, 300)
     assert state.firsts == state.starts == [224, 224, 224]
     assert state.inputs[0][0].flatten().tolist() == list(range(224, 300))
-    assert not len(state.inputs[1][0]) and state.inputs[2] == []
 
 
-def test_a_module_that_stayed_closed_begins_anew_alone() -> None:
-    state = _Request(16, 300, [0] * 3, [300, 7, 7], [[], [torch.zeros(293, 1)], []])
+def test_a_module_that_stayed_closed_begins_anew_with_those_behind_it() -> None:
+    inputs = [[], [torch.zeros(293, 1)], [torch.zeros(3, 1)]]
+    state = _Request(16, 300, [0] * 3, [300, 7, 4], inputs)
     state.forget_missed(1, 300)
     assert state.firsts == [0, 224, 224] and state.starts == [300, 224, 224]
-    assert len(state.inputs[1][0]) == 76
+    assert [len(torch.cat(inputs)) for inputs in state.inputs[1:]] == [76, 0]
 
 
-@pytest.mark.parametrize(("method", "first"), [("mtp3", 16), ("draft", 0)])
-def test_modules_see_nothing_of_cached_blocks(method: str, first: int) -> None:
-    """Whose rows they may have left out; draft models leave out none."""
-    (proposer,) = by_levels(make(method))
-    proposer.absorb("0", 17, torch.zeros(3, 1))
+@pytest.mark.parametrize("num_open", [0, 1, 2])
+@pytest.mark.parametrize("reads", ["previous", "target"])
+def test_closed_levels_keep_few_hidden_states(reads: HiddenStates, num_open: int) -> None:
+    """Only the first levels are drafted, in each of 600 steps after a prompt of 500 tokens."""
+    (proposer,) = by_levels(make("mtp3"))
+    model = proposer.model = FunctionModel(mixing, 3, reads)
+    model.num_caches, model.block_size = 3, 16
+    proposer.absorb("r", 0, torch.zeros(500, 1))
     (state,) = proposer._requests.values()
-    assert set(state.firsts) == {first} and set(state.starts) == {17}
+    for end in range(501, 1100):
+        token_ids = np.zeros(end, np.int32)
+        draft = proposer._open(DraftRequest("r", token_ids, 3, 8, num_slots=2000))
+        for level in range(num_open):
+            rows = draft.rows(level)
+            assert rows.num_known <= MAX_CAUGHT_UP and rows.first == state.firsts[level]
+            assert len(rows.hidden_states) == rows.num_known == len(rows)
+            states = torch.zeros(len(rows), 1)
+            draft.advance(level, rows.num_known, states, states)
+        proposer.absorb("r", end - 1, torch.zeros(1, 1))
+        kept = [sum(map(len, inputs)) for inputs in state.inputs]
+        assert max(kept) <= MAX_CAUGHT_UP
+
+
+@pytest.mark.parametrize("start", [16, 17])
+@pytest.mark.parametrize(("method", "first"), [("mtp3", 16), ("draft", 0)])
+def test_modules_see_no_blocks_before_their_first(method: str, first: int, start: int) -> None:
+    """An earlier request may have left out rows there; draft models leave out none."""
+    (proposer,) = by_levels(make(method))
+    proposer.absorb("0", start, torch.zeros(3, 1))
+    (state,) = proposer._requests.values()
+    assert set(state.firsts) == {first} and set(state.starts) == {start}
 
 
 def depths(num_nodes: int | None, method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:

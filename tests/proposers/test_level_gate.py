@@ -1,7 +1,7 @@
 """Which levels are worth their time.
 
 Sabotages that were caught: the row's cost left out, closed levels that stay closed, trials that
-count no missed rows, missed rows that are not written off, times of prompts that
+count no missed rows, missed rows that are not written off, or that pile up, times of prompts that
 are learned, one share for all sizes of batch, a trial of one level taken for one of another.
 """
 
@@ -13,7 +13,7 @@ from math import inf
 import pytest
 
 from vllm_specplus.core.cost import CostModel
-from vllm_specplus.proposers.level_gate import LevelGate, Prospect
+from vllm_specplus.proposers.level_gate import MAX_MISSED_ROWS, LevelGate, Prospect
 
 ONE = Prospect(known=0.0, most=1.0, min_prob=0.1, token_ms=10.0, num_known=1, num_nodes=0)
 """A token is worth 10 ms, and a row of the target takes the worth of 0.1 tokens."""
@@ -88,6 +88,13 @@ def test_missed_rows_are_written_off_over_many_steps() -> None:
     late = replace(ONE, num_known=321)
     assert settled(0.5, 2.4, row_ms=0.02).opens(0, [late])
     assert not settled(0.5, 2.6, row_ms=0.02).opens(0, [late])
+
+
+def test_a_closed_level_is_run_before_it_has_missed_too_many_rows() -> None:
+    """Rows may cost more than trials ever save."""
+    gate, step = settled(0.1, 50.0, row_ms=1.0), replace(ONE, token_ms=1.0)
+    missed = (replace(step, num_known=rows) for rows in range(1, 2 * MAX_MISSED_ROWS))
+    assert next(p.num_known for p in missed if gate.opens(0, [step, p])) == 1 + MAX_MISSED_ROWS
 
 
 def test_a_level_that_pays_again_stays_open_after_few_trials() -> None:

@@ -7,12 +7,12 @@ the target's) and token t+k, and predicts token t+k+1 (DeepSeek-V3, 2024, arXiv 
 module attends to keys and values of its own, in which a row is final once token t+k is committed;
 before that its row is drafted anew every round. So a level is one forward pass over
 
-    the committed rows that its module has not seen yet, then the nodes of the draft so far,
+    the committed rows that its module has not seen yet, then the nodes of the draft so far
 
-and what follows the deepest nodes are the candidates of the next level. A module that drafts all
-levels alone keeps token t+1 at position t in all of them, so its committed rows are those of the
-first level. The best candidates are continued (EAGLE-2, Li et al. 2024, arXiv 2406.16858); in a
-chain it is one.
+(of many such rows, as of a long prompt, the last: see `MAX_CAUGHT_UP`), and what follows the
+deepest nodes are the candidates of the next level. A module that drafts all levels alone keeps
+token t+1 at position t in all of them, so its committed rows are those of the first level. The best
+candidates are continued (EAGLE-2, Li et al. 2024, arXiv 2406.16858); in a chain it is one.
 
 EAGLE (Li et al. 2024, arXiv 2401.15077) and EAGLE-3 (2025, arXiv 2503.01840) are one such module;
 the hidden states that EAGLE-3 starts from are those of several layers of the target. A draft model
@@ -40,12 +40,12 @@ from vllm_specplus.proposers.ngram import NgramProposer, Votes
 from vllm_specplus.proposers.registry import register
 from vllm_specplus.proposers.sources import SourceCells, Sources
 
-MAX_MISSED_ROWS = 192
-"""Committed rows of a request that a module may catch up with; if it has missed more, it goes on
-from the last of them alone. A module of one layer drafts from little context: with heads for
+MAX_CAUGHT_UP = 192
+"""Committed rows of a request that a module may catch up with; if it has missed more, it begins
+anew from the last of them. A module of one layer drafts from little context: with MTP heads for
 Gemma-3-270M behind prompts of 538 to 1513 tokens, 64 of them did as well as all."""
-NUM_CAUGHT_UP = 64
-"""How many it sees then at least; the rest of a block comes on top."""
+LEAST_CAUGHT_UP = 64
+"""How many it begins anew with; the rest of a block comes on top."""
 MODELS = ("draft", "eagle", "eagle3", "mtp", "mtp3")
 """The methods that draft level by level."""
 
@@ -54,9 +54,9 @@ MODELS = ("draft", "eagle", "eagle3", "mtp", "mtp3")
 class _Request:
     """What is remembered of one request from step to step.
 
-    end: position behind the last one whose hidden state has come. firsts: per cache, where what its
-    module has seen begins. starts: per cache, the first position behind that. inputs: per cache,
-    hidden states from there on. block_size: the model's.
+    end: position behind the last one whose hidden state has come. firsts: per cache, the first slot
+    that its module sees. starts: per cache, the first position that its module has not seen.
+    inputs: per cache, hidden states from there on. block_size: the model's.
     """
 
     block_size: int
@@ -73,9 +73,9 @@ class _Request:
 
     def forget_missed(self, cache: int, end: int) -> None:
         """Has a module that has missed many rows up to `end` begin anew, in the block of one of the
-        last of them, and with it the modules behind, which take what it gives."""
-        first = (end - NUM_CAUGHT_UP) // self.block_size * self.block_size
-        if end - self.starts[cache] <= MAX_MISSED_ROWS or first <= self.starts[cache]:
+        last of them, and with it the modules behind, which have missed more."""
+        first = (end - LEAST_CAUGHT_UP) // self.block_size * self.block_size
+        if end - self.starts[cache] <= MAX_CAUGHT_UP or first <= self.starts[cache]:
             return
         for each in range(cache, len(self.starts)):
             num_rows = first - self.starts[each]
@@ -271,7 +271,7 @@ class LevelProposer(Proposer):
         # Where a request starts behind cached blocks, a draft model sees the keys and values that
         # an earlier request left there. Those of the last positions may be of another continuation,
         # or may never have been written: drafts can be worse at the seam, the text cannot. Modules,
-        # which may have left out whole blocks, begin there.
+        # which may have left out whole blocks, see none before that of `start`.
         model, state = self.model, self._requests.get(req_id)
         caches, reads = model.num_caches, model.hidden_state_from
         if state is None or state.end != start:

@@ -13,6 +13,9 @@ from vllm_specplus.core.growth import MAX_FRONTIER
 MAX_TIMED_ROWS = 16
 """Levels with more committed rows a request catch up with a prompt or with undrafted text; what
 that takes says nothing of the next level."""
+MAX_MISSED_ROWS = 4096
+"""Committed rows of a request that the closed level of a draft model may miss. Then it is run: of
+a row that costs more than trials save, it would only miss more. Modules begin anew before that."""
 _START, _SMOOTHING, _TRIED_SMOOTHING = 0.7, 0.1, 0.3
 _TRIALS = 0.01
 """The part of the time that closed levels are tried again for."""
@@ -52,7 +55,7 @@ class LevelGate:
 
     cost: milliseconds of a level by its rows; levels are free until the engine has measured it. A
     closed level is tried again once it has saved `_TRIALS` of the time that it takes, rows that it
-    has missed included, so trials cost no more than that.
+    has missed included, so trials cost no more than that, or once it has missed too many rows.
 
     What a level brings is learned for each size of batch, to a power of two: where rows are dear,
     its nodes get none, and that says nothing of a smaller batch.
@@ -84,6 +87,8 @@ class LevelGate:
         share = self._shares[level, len(prospects).bit_length()]
         worth = sum(prospect.worth_ms(share) for prospect in prospects)
         self._tried[level] = False
+        if any(prospect.num_known > MAX_MISSED_ROWS for prospect in prospects):
+            return True
         if worth >= _MARGIN * self._ms(prospects, _CATCH_UP_STEPS):
             return True
         self._saved_ms[level] += _TRIALS * sum(prospect.token_ms for prospect in prospects)

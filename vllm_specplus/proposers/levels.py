@@ -18,8 +18,7 @@ class RequestRows:
     index: its row in the engine's batch. start: the first position, up to which the module has keys
     and values; the rows lie in KV slots `start`, `start + 1`, ... tokens: one per row. parents,
     depths: per node, the node above it (-1: none) and its depth, from 1 on. hidden_states:
-    [num_rows, state_size]. first: the first slot that they see, where a block begins; the module
-    has seen nothing before it.
+    [num_rows, state_size]. first: the first slot that the rows see, where a block begins.
     """
 
     index: int
@@ -39,10 +38,6 @@ class RequestRows:
         end = self.start + self.num_known
         nodes = torch.tensor(self.depths, dtype=torch.int64) + (end - 1)
         return torch.cat([torch.arange(self.start, end), nodes])
-
-    def blocks(self, table: torch.Tensor, block_size: int) -> torch.Tensor:
-        """The request's row of a block table, from its first block on: [num_blocks]."""
-        return table[self.index].roll(-self.first // block_size)
 
     def windows(self) -> Iterator[Window]:
         """The rows in runs that one ancestor word covers: committed ones are causal, nodes see

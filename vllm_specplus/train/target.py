@@ -14,7 +14,10 @@ _CPU_MEMORY = 0.5
 
 
 class Writer:
-    """A vLLM engine that continues prompts; close it before the device is needed for training."""
+    """A vLLM engine that continues prompts; close it before the device is needed for training.
+
+    engine: more arguments of `LLM`.
+    """
 
     def __init__(
         self,

@@ -38,11 +38,12 @@ def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
     """The rows of a level over a block table of the runner's, from each request's first block."""
     windows = [(rows, window) for rows in requests for window in rows.windows()]
     size, table = block_table.block_size, block_table.block_table.cpu
+    blocks = [table[rows.index].roll(-rows.first // size) for rows, _ in windows]
     lengths = [len(window.masks) for _, window in windows]
     owners = torch.arange(len(windows)).repeat_interleave(torch.tensor(lengths))
     masks = np.array([mask for _, window in windows for mask in window.masks], np.uint64)
     tree = TreeRows(
-        block_table=torch.stack([rows.blocks(table, size) for rows, _ in windows]),
+        block_table=torch.stack(blocks),
         query_start_loc=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         requests=None,
         covers_all=True,
@@ -51,29 +52,27 @@ def paged_rows(requests: Sequence[RequestRows], block_table: Any) -> PagedRows:
         context_lens=torch.tensor([w.context_len for _, w in windows], dtype=torch.int32),
     )
     slots = torch.arange(len(owners)) + (tree.context_lens - tree.query_start_loc[:-1])[owners]
-    blocks = tree.block_table[owners, slots // size].long()
-    return PagedRows(tree, blocks * size + slots % size)
+    return PagedRows(tree, tree.block_table[owners, slots // size].long() * size + slots % size)
 
 
 class PagedLayers(ABC):
     """A draft model's attention layers, and the runner's block tables of their KV cache groups.
 
     max_len: the longest length of the draft model, which may be less than the target's. block_size:
-    KV slots after which a block begins in all groups.
+    KV slots after which a block begins in all groups of its layers.
     """
 
     block_size = 1
 
     def __init__(self, layers: Sequence[Any], vllm_config: VllmConfig, max_len: int) -> None:
-        self.layers, self.max_len = layers, max_len
-        self._vllm_config = vllm_config
+        self.layers, self.max_len, self._vllm_config = layers, max_len, vllm_config
         self._block_tables: dict[str, Any] = {}
 
     def bind(self, layer_names: Sequence[str], block_table: Any) -> None:
         """Tells the runner's block table of a KV cache group."""
         own = {layer.layer_name for layer in self.layers}.intersection(layer_names)
         self._block_tables |= dict.fromkeys(own, block_table)
-        self.block_size = lcm(self.block_size, block_table.block_size)
+        self.block_size = lcm(self.block_size, *(block_table.block_size for _ in own))
 
     def num_slots(self, index: int) -> int:
         """KV slots of row `index` of the batch in all of the layers, up to the longest length."""
@@ -97,9 +96,8 @@ class PagedLayers(ABC):
     @contextmanager
     def _running(self, requests: Sequence[RequestRows]) -> Iterator[None]:
         """Inside, the layers attend for the rows of a level."""
-        tables = {id(table): table for table in self._block_tables.values()}
-        built = {key: paged_rows(requests, table) for key, table in tables.items()}
-        rows = {name: built[id(table)] for name, table in self._block_tables.items()}
+        built = {table: paged_rows(requests, table) for table in {*self._block_tables.values()}}
+        rows = {name: built[table] for name, table in self._block_tables.items()}
         slots = {name: paged.slot_mapping for name, paged in rows.items()}
         num_rows = sum(map(len, requests))
         with set_forward_context(rows, self._vllm_config, num_rows, slot_mapping=slots):
