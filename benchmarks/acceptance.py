@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -82,13 +82,13 @@ def compare(
 
 def main(
     heads: Annotated[str, typer.Argument(help="Folder of the heads.")],
-    kind: Annotated[str, typer.Option(help=" or ".join(KINDS))] = "mtp3",
+    kind: Literal["mtp3", "medusa", "eagle"] = "mtp3",
     model: Annotated[Path | None, typer.Option(help="Default: Gemma-3-270M.")] = None,
     prompts: Annotated[Path, typer.Option(help="As for `vllm-specplus train`.")] = PROMPTS,
-    limit: Annotated[int, typer.Option(help="So many prompts, at even distances.")] = 16,
-    prompt_tokens: int = 64,
-    new_tokens: int = 40,
-    depth: int = 3,
+    limit: Annotated[int, typer.Option(min=1, help="So many prompts, at even distances.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=5)] = 40,
+    depth: Annotated[int, typer.Option(min=1, max=3)] = 3,
 ) -> None:
     """Compare what the engine accepts of a chain with what the heads get right outside it."""
     found = read_prompts(prompts)
@@ -110,5 +110,8 @@ def main(
     Console().print(table)
 
 
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -7,8 +7,9 @@ counted, walks that go on one token late.
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks.acceptance import compare
+from benchmarks.acceptance import app, compare
 from tests.engine.engines import model_path
 from tests.engine.models import WORDS
 from tests.train.tiny import corpus_of, load_teacher, on_itself, trainer_of, write_samples
@@ -49,3 +50,11 @@ def test_the_engine_accepts_what_heads_get_right(options: TrainOptions) -> None:
     assert every[0] > outside[0]
     for in_engine, walk in zip(engine, outside, strict=True):
         assert abs(rounds * in_engine - walked * walk) <= NUM_PROMPTS
+
+
+@pytest.mark.parametrize(
+    "option", [("--kind", "ngram"), ("--limit", "0"), ("--new-tokens", "4"), ("--depth", "4")]
+)
+def test_a_wrong_option_is_refused_by_name(option: tuple[str, str]) -> None:
+    result = CliRunner().invoke(app, ["heads", *option], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and f"'{option[0]}'" in result.output

@@ -49,14 +49,14 @@ def test_nodes_see_what_is_committed_and_their_path() -> None:
 
 def test_rows_lie_where_the_target_has_theirs_and_see_their_first_block_first() -> None:
     """Blocks before it may be those of other requests too, whose rows are not to be overwritten."""
-    table = torch.tensor([[9, 9, 9, 9], [3, 7, 5, 2]], dtype=torch.int32)
+    table = torch.tensor([[0, 1, 6, 9], [3, 7, 5, 2]], dtype=torch.int32)
     blocks = SimpleNamespace(block_size=4, block_table=SimpleNamespace(cpu=table))
     each = rows(start=9, num_known=2, parents=[-1, 0], depths=[1, 2])
-    paged = paged_rows([replace(each, index=1, first=4)], blocks)
-    assert paged.slot_mapping.tolist() == [21, 22, 23, 8]
-    assert paged.tree.block_table[0, :3].tolist() == [7, 5, 2]
-    assert paged.tree.context_lens.tolist() == [5, 7]
-    assert paged.tree.positions.tolist() == [5, 6, 7, 8] and each.positions()[0] == 9
+    paged = paged_rows([replace(each, index=1, first=4), replace(each, first=8)], blocks)
+    assert paged.slot_mapping.tolist() == [21, 22, 23, 8, 25, 26, 27, 36]
+    assert [row[:2] for row in paged.tree.block_table.tolist()] == [[7, 5]] * 2 + [[6, 9]] * 2
+    assert paged.tree.context_lens.tolist() == [5, 7, 1, 3]
+    assert paged.tree.positions.tolist() == [5, 6, 7, 8, 1, 2, 3, 4] and each.positions()[0] == 9
 
 
 def test_nodes_alone() -> None:

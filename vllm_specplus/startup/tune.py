@@ -26,7 +26,7 @@ from vllm_specplus.startup.host import tree_engine
 
 BATCH_SIZES = (1, 4, 16, 64)
 _FREE_ROWS = "1:1000"
-"""Step costs under which every node pays."""
+"""Step costs under which every node pays on V2; V1 weighs nothing while it counts ranks."""
 _ALONE = 4
 """Prompts that are decoded one by one, to see what drafting takes then."""
 

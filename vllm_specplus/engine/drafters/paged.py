@@ -76,7 +76,7 @@ class PagedLayers(ABC):
 
     def num_slots(self, index: int) -> int:
         """KV slots of row `index` of the batch in all of the layers, up to the longest length."""
-        tables = self._block_tables.values()
+        tables = {*self._block_tables.values()}
         return min(self.max_len, *(int(t.num_blocks_per_row[index]) * t.block_size for t in tables))
 
     def forward(self, level: int, requests: Sequence[RequestRows]) -> Outputs:
