@@ -40,7 +40,8 @@ class Case:
     block_size: int = 32
     dtype: torch.dtype = torch.float32
     cache_dtype: torch.dtype | None = None  # None: dtype
-    layout: Literal["vec", "plain", "v2"] = "vec"  # vLLM on a CPU; dense; vLLM's V2 runner
+    # vLLM on a CPU, without and with AMX; dense; vLLM's V2 runner
+    layout: Literal["vec", "amx", "plain", "v2"] = "vec"
     skipped: list[int] | None = None  # per request, the first rows that are tail slots only
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +50,9 @@ class Case:
         """The op's output; rows that it does not write are NaN."""
         out = torch.full_like(self.tensors["query"], torch.nan)
         given = {"scale": self.head_size**-0.5, "out": out, **self.tensors, **self.options}
+        if self.layout == "amx":
+            given["key_cache"] = amx_keys(given["key_cache"])
+            given["value_cache"] = amx_values(given["value_cache"])
         return tree_attention(**{**given, **changes})
 
     def queries(self, req: int) -> range:
@@ -114,7 +118,7 @@ def _caches(case: Case, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor, t
     table = blocks[: len(slots) * max_blocks].view(-1, max_blocks).int()
     heads, size, dim = case.num_kv_heads, case.block_size, case.head_size
     dtype = case.cache_dtype or case.dtype
-    if case.layout == "plain":
+    if case.layout in ("plain", "amx"):
         caches = torch.full((2, len(blocks), size, heads, dim), torch.nan).to(dtype)
         return caches[0], caches[1], table
     memory = torch.full((len(blocks), heads, size, 2 * dim), torch.nan).to(dtype)
@@ -124,6 +128,18 @@ def _caches(case: Case, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor, t
     keys, values = memory.view(len(blocks), heads, 2 * size, dim).chunk(2, dim=2)
     keys = keys.view(len(blocks), heads, dim, size).permute(0, 3, 1, 2)
     return keys, values.transpose(1, 2), table
+
+
+def amx_keys(cache: torch.Tensor) -> torch.Tensor:
+    """Keys [num_blocks, block_size, num_kv_heads, head_size] as vLLM packs them for AMX."""
+    pairs = cache.unflatten(3, (-1, 2)).unflatten(1, (-1, 16))
+    return pairs.permute(0, 3, 1, 4, 2, 5).contiguous().permute(0, 2, 4, 1, 3, 5)
+
+
+def amx_values(cache: torch.Tensor) -> torch.Tensor:
+    """Values likewise."""
+    pairs = cache.unflatten(3, (-1, 16)).unflatten(1, (-1, 2))
+    return pairs.permute(0, 3, 4, 1, 5, 2).contiguous().permute(0, 3, 5, 1, 2, 4)
 
 
 def dense_answer(case: Case) -> torch.Tensor:

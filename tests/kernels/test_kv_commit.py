@@ -1,6 +1,7 @@
 """kv_commit: every cache, layout and dtype; bits are never interpreted; nothing else moves.
 
-Seen to fail: the moves in reverse order, one head left out, padding moved; in Triton: tiles of
+Seen to fail: the moves in reverse order, one head left out, padding moved, a
+pair's or a tile's strides exchanged; in Triton: tiles of
 moves from last to first, the last chunk of a row left out, words wider than a view's alignment or
 its elements, the strides of heads and steps exchanged, one group's moves for all, a shared layer
 moved twice. The interpreter runs one thread, so that the barrier between reads and writes is
@@ -12,7 +13,9 @@ from __future__ import annotations
 import pytest
 import torch
 from specplus_kernels import KVCommitPlan, dispatch, kv_commit
+from specplus_kernels.tiled import plain
 
+from tests.kernels.attention_case import amx_keys, amx_values
 from tests.kernels.conftest import DEVICE
 
 BLOCK, BLOCKS, HEADS, DIM = 32, 6, 3, 16
@@ -30,10 +33,17 @@ def vec_caches(dtype: torch.dtype, layers: int) -> list[torch.Tensor]:
     return caches
 
 
+def amx_caches(layers: int) -> list[torch.Tensor]:
+    """The same, as vLLM packs them for AMX."""
+    caches = vec_caches(torch.bfloat16, layers)
+    return [(amx_keys, amx_values)[i % 2](cache) for i, cache in enumerate(caches)]
+
+
 def raw(cache: torch.Tensor) -> torch.Tensor:
     """[slots, bytes] of a cache, comparable although the bits may be NaN."""
     return (
-        cache.clone(memory_format=torch.contiguous_format)
+        plain(cache)
+        .clone(memory_format=torch.contiguous_format)
         .flatten(0, 1)
         .flatten(1)
         .view(torch.uint8)
@@ -75,6 +85,13 @@ CROSSING = [
 @pytest.mark.parametrize("layers", [1, 5])
 def test_vec_layout(any_provider: str, dtype: torch.dtype, layers: int) -> None:
     check(vec_caches(dtype, layers), [*CROSSING, (70, 65), (72, 66), (79, 67)])
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_amx_layout(provider: str, layers: int) -> None:
+    check(amx_caches(layers), [*CROSSING, (70, 65), (72, 66), (79, 67)])
+    with dispatch.force("triton"), pytest.raises(NotImplementedError, match="tiles"):
+        kv_commit(amx_caches(1), torch.tensor([3]), torch.tensor([2]))
 
 
 def test_plain_layout_and_many_moves(any_provider: str) -> None:

@@ -2,7 +2,8 @@
 
 Seen to fail: a bit too many in the mask, the second ancestor word dropped, a window off by one,
 slots taken for positions, masked values multiplied by 0, `decay` left out, sinks without log2(e),
-bf16 pairs stored unsorted; in Triton also: sinks in every split, splits combined unweighted, a tile
+bf16 pairs stored unsorted; of AMX's pairs the second left out, exchanged, or read although masked;
+in Triton also: sinks in every split, splits combined unweighted, a tile
 lost between splits, a slot past the tail, the window's edge unmasked, the rest of a head that is no
 power of two left out, fp8 scales and subnormals left out, NaN hidden from the rows that see it.
 """
@@ -105,6 +106,28 @@ def test_shapes(any_provider: str, shape: tuple[torch.dtype, tuple[int, int, int
         layout="v2" if any_provider == "triton" else "vec",
     )
     assert_right(case, any_provider)
+
+
+@pytest.mark.parametrize("provider", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("shape", [(4, 1, 256, 128), (8, 8, 96, 32), (12, 4, 32, 64), (2, 2, 64, 96)])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 21}, {"logits_soft_cap": 4.0}], ids=str)
+def test_amx_layout(
+    provider: str, shape: tuple[int, int, int, int], options: dict[str, float]
+) -> None:
+    """A row that sees one slot of a pair, and slots with NaN beside those that rows see."""
+    heads, kv_heads, head_size, block_size = shape
+    case = make_case(
+        [random_tree(rows) for rows in (1, 9, 70, 2)],
+        [block_size, 17, 100, 1],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=torch.bfloat16,
+        layout="amx",
+    )
+    case.options.update(options)
+    assert_right(case, provider)
 
 
 def test_ragged_batch(any_provider: str) -> None:

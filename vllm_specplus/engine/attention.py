@@ -67,19 +67,21 @@ def attach_tree(
 
 
 KVViews = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of a cache, each [num_blocks, block_size, num_kv_heads, head_size]."""
+"""Keys and values of a cache, each [num_blocks, block_size, num_kv_heads, head_size] or in tiles
+(specplus_kernels.tiled)."""
 
 
-def packed_kv_views(kv_cache: torch.Tensor) -> KVViews:
-    """Of the cache of a GPU: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys first."""
-    keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+def packed_kv_views(layer: Any) -> KVViews:
+    """Of a layer's cache on a GPU: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys
+    first."""
+    keys, values = layer.kv_cache.transpose(1, 2).chunk(2, dim=-1)
     return keys, values
 
 
 class TreeRowsMixin:
     """Over an attention implementation of vLLM: causal attention by vLLM, tree rows by ours."""
 
-    kv_views: Callable[[torch.Tensor], KVViews]
+    kv_views: Callable[[Any], KVViews]
     num_heads: int
     head_size: int
     scale: float
@@ -109,7 +111,7 @@ class TreeRowsMixin:
             )
         if tree is not None:
             num_rows = len(tree.positions)
-            keys, values = type(self).kv_views(kv_cache)
+            keys, values = self.kv_views(layer)
             tree_attention(
                 query[:num_rows],
                 keys,

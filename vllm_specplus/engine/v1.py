@@ -21,7 +21,7 @@ from vllm_specplus.core.cost import fastest
 from vllm_specplus.core.step_clock import StepClock
 from vllm_specplus.core.tree import Tree
 from vllm_specplus.engine.attention import attach_tree
-from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend, vec_kv_views
+from vllm_specplus.engine.attention_cpu import TreeCPUAttentionBackend, kv_views
 from vllm_specplus.engine.compat import (
     AttentionBackendEnum,
     KVCacheConfig,
@@ -116,8 +116,8 @@ class SpecPlusCPUModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kw)
         layers = self.compilation_config.static_forward_context
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            caches = [layers[name].kv_cache for name in group.layer_names]
-            self._commit_plans[gid] = KVCommitPlan([v for c in caches for v in vec_kv_views(c)])
+            views = [view for name in group.layer_names for view in kv_views(layers[name])]
+            self._commit_plans[gid] = KVCommitPlan(views)
             for model in self.drafter.models:
                 model.bind(group.layer_names, self.input_batch.block_table[gid])
 

@@ -23,11 +23,13 @@ a second pass would read slots that the first has overwritten.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from specplus_kernels import dispatch
 from specplus_kernels.kv_commit import cpu, reference, words
+from specplus_kernels.tiled import plain_shape
 
 __all__ = ["KVCommitPlan", "kv_commit"]
 
@@ -38,7 +40,8 @@ class KVCommitPlan:
     Args:
         caches: logical views [num_blocks, block_size, num_heads, head_size], or
             [num_blocks, block_size, size] of a latent cache, of any strides and dtype; of every
-            layer one for K and one for V, or one for both. They must stay where they are in memory.
+            layer one for K and one for V, or one for both. Or logical views in tiles (tiled.py).
+            They must stay where they are in memory.
 
     Raises:
         ValueError: no caches, their block sizes differ, or two unlike views start at one address.
@@ -46,12 +49,15 @@ class KVCommitPlan:
     """
 
     def __init__(self, caches: Sequence[torch.Tensor]) -> None:
-        if len({cache.shape[1] for cache in caches}) != 1:
-            sizes = [cache.shape[1] for cache in caches]
+        sizes = [plain_shape(cache)[1] for cache in caches]
+        if len({*sizes}) != 1:
             raise ValueError(f"caches must be one KV group of one block size, got {sizes}")
         self._caches = _distinct(caches)
         self._pointers = cpu.describe(self._caches)
-        self._words = words.describe(self._caches)
+
+    @cached_property
+    def _words(self) -> words.Words:
+        return words.describe(self._caches)
 
     def __call__(self, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
         """Moves the rows at `src_slots` to `dst_slots`.
@@ -74,7 +80,10 @@ class KVCommitPlan:
                 "be of one shape, [num_moves] or [num_reqs, max_moves]"
             )
         which = dispatch.provider(self._caches[0].device)
-        if which != "reference" and (reason := cpu.refuses(self._caches)):
+        reason = cpu.refuses(self._caches)
+        if which == "triton" and any(cache.dim() == 6 for cache in self._caches):
+            reason = "caches in tiles"
+        if which != "reference" and reason:
             which = dispatch.downgrade("kv_commit", reason)
         if which == "triton":
             from specplus_kernels.kv_commit import kernel
@@ -101,7 +110,7 @@ def _distinct(caches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Each view once, with its heads as a dimension."""
     found: dict[int, torch.Tensor] = {}
     for cache in caches:
-        view = cache if cache.dim() == 4 else cache.unsqueeze(2)
+        view = cache.unsqueeze(2) if cache.dim() == 3 else cache
         first = found.setdefault(view.data_ptr(), view)
         if (first.shape, first.stride()) != (view.shape, view.stride()):
             raise ValueError(

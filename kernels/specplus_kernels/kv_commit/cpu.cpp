@@ -19,18 +19,30 @@ struct Params {
   int64_t caches, num_caches, block_size, num_blocks, src_slots, dst_slots, num_moves;
 };
 
-struct Cache {  // strides in elements
-  int64_t data, block, slot, head, dim, num_heads, head_size, item_size;
+struct Tiles {  // of a cache: [blocks, slot tiles, slots, heads, dim tiles, dims]
+  int64_t block, slot_tile, slot, head, dim_tile, dim;
+};
+
+struct Cache {
+  int64_t data;
+  Tiles size, stride;  // strides in elements
+  int64_t item_size;
+
+  int64_t at(int64_t block, int64_t slot) const {
+    return block * stride.block + slot / size.slot * stride.slot_tile +
+           slot % size.slot * stride.slot;
+  }
+  int64_t num_elements() const { return size.head * size.dim_tile * size.dim; }
 };
 
 struct Move {
   int64_t src_block, src_offset, dst_block, dst_offset;
 };
 
-// The elements of one head; `at` holds each move's source and destination from the head's start.
+// The elements of one dim tile; `at` holds each move's source and destination from its start.
 template <typename T>
-void move_head(T *data, int64_t dim, int64_t head_size, const int64_t (*at)[2], int64_t count) {
-  for (int64_t d = 0; d < head_size; ++d, data += dim) {
+void move_tile(T *data, int64_t dim, int64_t num_dims, const int64_t (*at)[2], int64_t count) {
+  for (int64_t d = 0; d < num_dims; ++d, data += dim) {
     for (int64_t i = 0; i < count; ++i) {
       __builtin_prefetch(data + at[i][0] + AHEAD * dim, 1);
       data[at[i][1]] = data[at[i][0]];
@@ -42,16 +54,16 @@ template <typename T>
 void move_rows(const Cache &cache, const std::vector<Move> &moves) {
   std::vector<std::array<int64_t, 2>> at;
   for (const Move &m : moves)
-    at.push_back({m.src_block * cache.block + m.src_offset * cache.slot,
-                  m.dst_block * cache.block + m.dst_offset * cache.slot});
-  T *data = (T *)cache.data;
-  for (int64_t head = 0; head < cache.num_heads; ++head, data += cache.head) {
-    if (cache.dim == 1)
-      for (const auto &[src, dst] : at)
-        memmove(data + dst, data + src, cache.head_size * sizeof(T));
-    else
-      move_head(data, cache.dim, cache.head_size, (const int64_t(*)[2])at.data(), at.size());
-  }
+    at.push_back({cache.at(m.src_block, m.src_offset), cache.at(m.dst_block, m.dst_offset)});
+  const Tiles &size = cache.size, &stride = cache.stride;
+  for (int64_t head = 0; head < size.head; ++head)
+    for (int64_t tile = 0; tile < size.dim_tile; ++tile) {
+      T *data = (T *)cache.data + head * stride.head + tile * stride.dim_tile;
+      if (stride.dim == 1)
+        for (const auto &[src, dst] : at) memmove(data + dst, data + src, size.dim * sizeof(T));
+      else
+        move_tile(data, stride.dim, size.dim, (const int64_t(*)[2])at.data(), at.size());
+    }
 }
 
 int64_t read_moves(const Params &p, std::vector<Move> &moves) {
@@ -78,7 +90,7 @@ extern "C" int64_t specplus_kv_commit(const specplus::Params *params, int64_t si
   const Cache *caches = (const Cache *)p.caches;
   int64_t elements = 0;
   for (int64_t i = 0; i < p.num_caches; ++i)
-    elements += int64_t(moves.size()) * caches[i].num_heads * caches[i].head_size;
+    elements += int64_t(moves.size()) * caches[i].num_elements();
   bool serial = elements < SERIAL_ELEMENTS;
 #pragma omp parallel for schedule(static) num_threads(serial ? 1 : omp_get_max_threads())
   for (int64_t i = 0; i < p.num_caches; ++i) switch (caches[i].item_size) {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from specplus_kernels.cpu_library import Kernel
+from specplus_kernels.tiled import plain_shape
 
 _kernel = Kernel("specplus_kv_commit", "7q")
 
@@ -18,11 +19,12 @@ def refuses(caches: Sequence[torch.Tensor]) -> str | None:
 
 
 def describe(caches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Address, strides, heads, head size and element size of every cache, [num_caches, 8] int64."""
-    rows = [
-        (cache.data_ptr(), *cache.stride(), *cache.shape[2:], cache.element_size())
-        for cache in caches
-    ]
+    """Address, sizes and strides, and element size of every cache, [num_caches, 14] int64: those
+    of all dimensions of a cache in tiles, which one that is not has one of."""
+    rows = []
+    for cache in caches:
+        tiled = cache if cache.dim() == 6 else cache.unsqueeze(3).unsqueeze(1)
+        rows.append((cache.data_ptr(), *tiled.shape, *tiled.stride(), cache.element_size()))
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -34,7 +36,7 @@ def kv_commit(
 ) -> None:
     """As the reference; `refuses` said None."""
     src_slots, dst_slots = src_slots.contiguous(), dst_slots.contiguous()
-    num_blocks, block_size = caches[0].shape[:2]
+    num_blocks, block_size = plain_shape(caches[0])[:2]
     if _kernel(
         described.data_ptr(),
         len(described),

@@ -14,6 +14,12 @@ def kv_commit(
     real = (src_slots >= 0) & (dst_slots >= 0)
     src, dst = src_slots[real], dst_slots[real]
     for cache in caches:
-        block_size = cache.shape[1]
-        rows = cache[src // block_size, src % block_size]
-        cache[dst // block_size, dst % block_size] = rows
+        cache[_at(cache, dst)] = cache[_at(cache, src)]
+
+
+def _at(cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The indices of the slots in the cache's first dimensions."""
+    at: tuple[torch.Tensor, ...] = ()
+    for size in reversed(cache.shape[1 : cache.dim() // 2]):
+        slots, at = slots // size, (slots % size, *at)
+    return slots, *at

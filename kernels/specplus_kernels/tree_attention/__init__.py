@@ -24,6 +24,7 @@ import torch
 
 from specplus_kernels import dispatch
 from specplus_kernels.opaque import opaque
+from specplus_kernels.tiled import plain_shape
 from specplus_kernels.tree_attention import cpu, reference
 
 __all__ = ["tree_attention"]
@@ -32,7 +33,8 @@ __all__ = ["tree_attention"]
 @opaque
 def tree_attention(
     query: torch.Tensor,  # [num_tokens, num_heads, head_size] bf16, fp16 or fp32
-    # [num_blocks, block_size, num_kv_heads, head_size] of any strides, as query or float8_e4m3fn
+    # [num_blocks, block_size, num_kv_heads, head_size] of any strides, or in tiles (tiled.py); as
+    # query or float8_e4m3fn
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,  # as key_cache
     block_table: torch.Tensor,  # [num_reqs, max_blocks] int32
@@ -91,7 +93,10 @@ def _run(tensors: dict[str, Any], options: dict[str, Any], extended: dict[str, A
     if which == "triton":
         from specplus_kernels.tree_attention import kernel
 
-        if (reason := kernel.refuses(query.shape[2], query.shape[2])) is None:
+        reason = kernel.refuses(query.shape[2], query.shape[2])
+        if any(cache.dim() == 6 for cache in caches):
+            reason = "a KV cache in tiles"
+        if reason is None:
             kernel.tree_attention(**tensors, **options, **extended)
             return
         which = dispatch.downgrade("tree_attention", reason)
@@ -110,11 +115,11 @@ def _check(
     out: torch.Tensor,
     sinks: torch.Tensor | None,
 ) -> None:
-    shape, cache_shape = query.shape, key_cache.shape
-    if value_cache.shape != cache_shape or cache_shape[3] != shape[2]:
+    shape, cache_shape, value_shape = query.shape, plain_shape(key_cache), plain_shape(value_cache)
+    if value_shape != cache_shape or cache_shape[3] != shape[2]:
         raise ValueError(
-            f"key_cache {tuple(cache_shape)} and value_cache {tuple(value_cache.shape)} must both "
-            f"be [num_blocks, block_size, num_kv_heads, {shape[2]}]"
+            f"key_cache {cache_shape} and value_cache {value_shape} must both be "
+            f"[num_blocks, block_size, num_kv_heads, {shape[2]}]"
         )
     if shape[1] % cache_shape[2]:
         raise ValueError(f"{shape[1]} query heads do not divide by {cache_shape[2]} KV heads")

@@ -1,5 +1,4 @@
-// tree_attention for vLLM's "vec" KV layout: K of a (block, head) is [head_size, block_size], so a
-// column is a slot; V is [block_size, head_size]. The formula is in __init__.py.
+// tree_attention for vLLM's KV layouts "vec" and "amx". The formula is in __init__.py.
 //
 // One work item = one request, one KV head, up to MAX_SUBTILES register tiles of ROWS query rows
 // (rows x heads of the group). It walks the slots in tiles of 64, so what a row sees of a tile is
@@ -33,6 +32,7 @@ struct Params {
   int64_t positions, requests, sinks;  // 0: none
   int64_t dtype, num_requests, num_heads, num_kv_heads, head_size, block_size, num_blocks;
   int64_t max_blocks, words, window;  // window 0: none
+  int64_t amx;                        // whether the layout is "amx", else it is "vec"
   int64_t query_row, query_head, out_row, out_head, table_row, mask_row, cache_block, cache_head;
   double scale, soft_cap;  // soft_cap 0: none
 };
@@ -52,58 +52,135 @@ constexpr int tile_vectors() {
   return std::min(4, ACCUMULATORS / ROWS);  // at least the two of a load2
 }
 
+// K of a (block, head) is [head_size, block_size], V is [block_size, head_size].
+template <typename T>
+struct Vec {
+  using Element = T;
+  static constexpr int PAIR = 1;
+  int64_t block_size, head_size;
+
+  int64_t slot_of_key(int64_t slot) const { return slot; }
+  int64_t slot_of_value(int64_t slot) const { return slot * head_size; }
+  int64_t dim_of_value(int64_t dim) const { return dim; }
+
+  template <int NV>
+  void keys(const T *k, int64_t d, vfloat (*group)[NV]) const {
+    load_group<NV>(k + d * block_size, group[0]);
+  }
+  template <int NV>
+  void values(const T *v, int s, vfloat (*group)[NV]) const {
+    load_group<NV>(v + s * head_size, group[0]);
+  }
+  template <int N>
+  static void sort(vfloat *group) {
+    sort_group<N, T>(group);
+  }
+  template <int N>
+  static void put(T *to, const vfloat *group) {
+    store_group<N>(to, group);
+  }
+};
+
+// K is [block_size / 16, head_size / 2, 16 slots, 2 dims], V is [head_size / 16, block_size / 2,
+// 16 dims, 2 slots], in bf16: a pair is a 32-bit word.
+struct Amx {
+  using Element = bf16;
+  static constexpr int PAIR = 2, SIDE = 16;
+  int64_t block_size, head_size;
+
+  int64_t slot_of_key(int64_t slot) const {
+    return slot / SIDE * SIDE * head_size + slot % SIDE * PAIR;
+  }
+  int64_t slot_of_value(int64_t slot) const { return slot * SIDE; }
+  int64_t dim_of_value(int64_t dim) const {
+    return dim / SIDE * SIDE * block_size + dim % SIDE * PAIR;
+  }
+
+  template <int NV>
+  void keys(const bf16 *k, int64_t d, vfloat (*group)[NV]) const {
+    for (int n = 0; n < NV; ++n)
+      split(k + slot_of_key(n * LANES) + d * SIDE, group[0][n], group[1][n]);
+  }
+  template <int NV>
+  void values(const bf16 *v, int s, vfloat (*group)[NV]) const {
+    for (int n = 0; n < NV; ++n)
+      split(v + dim_of_value(n * LANES) + s * SIDE, group[0][n], group[1][n]);
+  }
+  static void split(const bf16 *from, vfloat &first, vfloat &second) {
+    vuint pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    first = (vfloat)(pairs << 16);
+    second = (vfloat)(pairs & 0xffff0000u);
+  }
+  template <int N>
+  static void sort(vfloat *) {}
+  template <int N>
+  static void put(bf16 *to, const vfloat *group) {
+    for (int n = 0; n < N; ++n) store(to + n * LANES, group[n]);
+  }
+};
+
 // scores[r][s] = q[r] . k[:, s] for NV vectors of slots; q is [head_size][ROWS].
-template <typename T, int ROWS, int NV>
-void score_keys(const float *q, const T *k, int64_t block_size, int64_t head_size, float *scores) {
+template <int ROWS, int NV, typename Layout>
+void score_keys(const Layout &layout, const float *q, const typename Layout::Element *k,
+                float *scores) {
   vfloat acc[ROWS][NV] = {};
-  for (int64_t d = 0; d < head_size; ++d, k += block_size, q += ROWS) {
-    vfloat keys[NV];
-    load_group<NV>(k, keys);
+  for (int64_t d = 0; d < layout.head_size; d += Layout::PAIR) {
+    vfloat keys[Layout::PAIR][NV];
+    layout.template keys<NV>(k, d, keys);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < Layout::PAIR; ++pair, q += ROWS)
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
+      for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) acc[r][n] += q[r] * keys[n];
+        for (int n = 0; n < NV; ++n) acc[r][n] += q[r] * keys[pair][n];
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
-    sort_group<NV, T>(acc[r]);
+    Layout::template sort<NV>(acc[r]);
     store_group<NV>(scores + r * TILE, acc[r]);
   }
 }
 
 // out[r] = out[r] * decay[r] + sum_s weights[r][s] * v[s] over the slots of `some`. Outside `all`
-// the rows with weight 0 must not touch the value. `out` keeps the group order of T.
-template <typename T, int ROWS, int NV>
-void add_values(const float *weights, const T *v, int64_t head_size, uint64_t some, uint64_t all,
-                const float *decay, float *out) {
+// the rows with weight 0 must not touch the value. `out` keeps the layout's group order.
+template <int ROWS, int NV, typename Layout>
+void add_values(const Layout &layout, const float *weights, const typename Layout::Element *v,
+                uint64_t some, uint64_t all, const float *decay, float *out) {
   vfloat acc[ROWS][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[r][n] = load(out + r * head_size + n * LANES) * decay[r];
-  for (uint64_t rest = some; rest; rest &= rest - 1) {
-    int s = __builtin_ctzll(rest);
-    vfloat values[NV];
-    load_group<NV>(v + s * head_size, values);
-    if (all >> s & 1) {
+    for (int n = 0; n < NV; ++n)
+      acc[r][n] = load(out + r * layout.head_size + n * LANES) * decay[r];
+  while (some) {
+    int first = __builtin_ctzll(some) / Layout::PAIR * Layout::PAIR;
+    vfloat values[Layout::PAIR][NV];
+    layout.template values<NV>(v, first, values);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < Layout::PAIR; ++pair) {
+      int s = first + pair;
+      if (all >> s & 1) {
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[r][n] += weights[r * TILE + s] * values[n];
-    } else {
+          for (int n = 0; n < NV; ++n) acc[r][n] += weights[r * TILE + s] * values[pair][n];
+      } else {
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        vint seen = splat(weights[r * TILE + s]) != 0.0f;
+        for (int r = 0; r < ROWS; ++r) {
+          vint seen = splat(weights[r * TILE + s]) != 0.0f;
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n)
-          acc[r][n] += weights[r * TILE + s] * (vfloat)((vint)values[n] & seen);
+          for (int n = 0; n < NV; ++n)
+            acc[r][n] += weights[r * TILE + s] * (vfloat)((vint)values[pair][n] & seen);
+        }
       }
+      some &= ~(1ull << s);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) store(out + r * head_size + n * LANES, acc[r][n]);
+    for (int n = 0; n < NV; ++n) store(out + r * layout.head_size + n * LANES, acc[r][n]);
 }
 
 // Turns a row's scores into weights, updates its peak and norm, returns the decay of its output.
@@ -144,11 +221,14 @@ float soften(float *scores, uint64_t visible, float soft_cap, Row &row) {
   return decay;
 }
 
-template <typename T>
+template <typename Layout>
 class Worker {
+  using T = typename Layout::Element;
+
  public:
   explicit Worker(const Params &params)
       : p(params),
+        layout{p.block_size, p.head_size},
         queries(new float[MAX_SUBTILES * MAX_ROWS * p.head_size]),
         output(new float[(MAX_SUBTILES + 1) * MAX_ROWS * p.head_size]) {}
 
@@ -169,6 +249,7 @@ class Worker {
 
  private:
   const Params &p;
+  const Layout layout;
   std::unique_ptr<float[]> queries;  // [subtile][head_size][ROWS], scaled
   std::unique_ptr<float[]> output;   // [row][head_size], not yet divided by the norm
   float scores[MAX_ROWS * TILE];
@@ -237,8 +318,8 @@ class Worker {
     int64_t offset = slot % p.block_size;
     int64_t size = std::min({int64_t(TILE), p.block_size - offset, end - slot});
     int64_t at = table[slot / p.block_size] * p.cache_block + item.kv_head * p.cache_head;
-    const T *k = (const T *)p.key + at + offset;
-    const T *v = (const T *)p.value + at + offset * p.head_size;
+    const T *k = (const T *)p.key + at + layout.slot_of_key(offset);
+    const T *v = (const T *)p.value + at + layout.slot_of_value(offset);
     for (int64_t i = 0; i < item.count; i += MAX_ROWS) {
       int64_t left = std::min<int64_t>(MAX_ROWS, item.count - i);
       switch (tile_rows(left)) {
@@ -265,9 +346,9 @@ class Worker {
     constexpr int NV = tile_vectors<ROWS>();
     int64_t at = 0;
     for (; at + NV * LANES <= size; at += NV * LANES)
-      score_keys<T, ROWS, NV>(q, k + at, p.block_size, p.head_size, scores + at);
+      score_keys<ROWS, NV>(layout, q, k + layout.slot_of_key(at), scores + at);
     for (; at < size; at += LANES)  // whole vectors: a block holds a multiple of 16 slots
-      score_keys<T, ROWS, 1>(q, k + at, p.block_size, p.head_size, scores + at);
+      score_keys<ROWS, 1>(layout, q, k + layout.slot_of_key(at), scores + at);
     float decay[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       Row unused = {};
@@ -275,14 +356,18 @@ class Worker {
       Row &row = r < count ? rows[first + r] : unused;
       decay[r] = soften(scores + r * TILE, words[r], float(p.soft_cap), row);
     }
-    float *out = output.get() + first * p.head_size;
     int64_t d = 0;
     for (; d + NV * LANES <= p.head_size; d += NV * LANES)
-      add_values<T, ROWS, NV>(scores, v + d, p.head_size, some, all, decay, out + d);
+      mix<ROWS, NV>(first, d, v, some, all, decay);
     for (; d + 2 * LANES <= p.head_size; d += 2 * LANES)
-      add_values<T, ROWS, 2>(scores, v + d, p.head_size, some, all, decay, out + d);
-    if (d < p.head_size)
-      add_values<T, ROWS, 1>(scores, v + d, p.head_size, some, all, decay, out + d);
+      mix<ROWS, 2>(first, d, v, some, all, decay);
+    if (d < p.head_size) mix<ROWS, 1>(first, d, v, some, all, decay);
+  }
+
+  template <int ROWS, int NV>
+  void mix(int64_t first, int64_t d, const T *v, uint64_t some, uint64_t all, const float *decay) {
+    float *out = output.get() + first * p.head_size + d;
+    add_values<ROWS, NV>(layout, scores, v + layout.dim_of_value(d), some, all, decay, out);
   }
 
   void end_row(int64_t i) {
@@ -293,7 +378,7 @@ class Worker {
     int64_t d = 0;
     for (; d + 2 * LANES <= p.head_size; d += 2 * LANES) {
       vfloat pair[2] = {load(from + d) * scale, load(from + d + LANES) * scale};
-      store_group<2>(to + d, pair);
+      Layout::template put<2>(to + d, pair);
     }
     if (d < p.head_size) store(to + d, load(from + d) * scale);
   }
@@ -332,7 +417,7 @@ void list_items(const Params &p, int64_t request, int subtiles, Work &work) {
       work.items.push_back({request, head, first, std::min(size, grouped - first)});
 }
 
-template <typename T>
+template <typename Layout>
 int64_t attention(const Params &p) {
   const int32_t *requests = (const int32_t *)p.requests;
   Work work;
@@ -349,13 +434,13 @@ int64_t attention(const Params &p) {
   }
   threads = std::min<int>(threads, std::max<size_t>(1, work.items.size()));
   if (threads == 1) {
-    Worker<T> worker(p);
+    Worker<Layout> worker(p);
     for (const Item &item : work.items) worker.run(item);
     return OK;
   }
 #pragma omp parallel num_threads(threads)
   {
-    Worker<T> worker(p);
+    Worker<Layout> worker(p);
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < work.items.size(); ++i) worker.run(work.items[i]);
   }
@@ -369,8 +454,8 @@ extern "C" int64_t specplus_tree_attention(const specplus::Params *params, int64
   using namespace specplus;
   if (size != sizeof *params) return STALE;
   switch (params->dtype) {
-    case BFLOAT16: return attention<bf16>(*params);
-    case FLOAT16: return attention<fp16>(*params);
-    default: return attention<float>(*params);
+    case BFLOAT16: return params->amx ? attention<Amx>(*params) : attention<Vec<bf16>>(*params);
+    case FLOAT16: return attention<Vec<fp16>>(*params);
+    default: return attention<Vec<float>>(*params);
   }
 }

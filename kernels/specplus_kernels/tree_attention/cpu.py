@@ -1,4 +1,4 @@
-"""Launcher of cpu.cpp: vLLM's "vec" KV layout."""
+"""Launcher of cpu.cpp: vLLM's "vec" and "amx" KV layouts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from specplus_kernels.cpu_library import DTYPES, Kernel
+from specplus_kernels.tiled import plain_shape
 
-_kernel = Kernel("specplus_tree_attention", "29q2d")
+_kernel = Kernel("specplus_tree_attention", "30q2d")
 _ERRORS = {
     1: "request {} has more rows than its ancestor words have bits, or than 128",
     2: "request {} reads slots past its block table, or a block that is not in the cache",
 }
 _REFUSED = ("tail_lens", "tail_positions", "k_scale", "v_scale")
 _VECTOR = 16  # floats of the widest vector that the kernel may be compiled for
+_SIDE = 16  # slots or dimensions of an AMX tile, in pairs of the other
 
 
 def refuses(
@@ -29,19 +31,41 @@ def refuses(
     refused = [name for name in _REFUSED if extended[name] is not None]
     if refused:
         return ", ".join(refused)
-    _, block_size, num_kv_heads, head_size = key_cache.shape
-    block, slot, head, dim = key_cache.stride()
-    if num_kv_heads == 1:  # torch leaves the stride of a dimension of size 1 undefined
-        head = value_cache.stride(2)
+    _, block_size, _, head_size = plain_shape(key_cache)
     if query.dtype not in DTYPES or key_cache.dtype != query.dtype:
         return f"{query.dtype} queries on a {key_cache.dtype} cache"
     if head_size % _VECTOR or block_size % _VECTOR:
         return f"head_size {head_size} with block_size {block_size} (multiples of {_VECTOR})"
-    if (slot, dim) != (1, block_size) or value_cache.stride() != (block, head_size, head, 1):
-        return "a KV cache that is not of the vec layout"
+    if not (_is_vec(key_cache, value_cache) or _is_amx(key_cache, value_cache)):
+        return "a KV cache that is not of the vec layout, or in bf16 of the amx layout"
     if query.stride(2) != 1 or out.stride(2) != 1:
         return "a query or out that is not contiguous in head_size"
     return None
+
+
+def _is_vec(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    if key_cache.dim() != 4:
+        return False
+    _, block_size, num_kv_heads, head_size = key_cache.shape
+    block, slot, head, dim = key_cache.stride()
+    if num_kv_heads == 1:  # torch leaves the stride of a dimension of size 1 undefined
+        head = value_cache.stride(2)
+    values = (block, head_size, head, 1)
+    return (slot, dim) == (1, block_size) and value_cache.stride() == values
+
+
+def _is_amx(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    shapes = key_cache.shape[2::3], value_cache.shape[2::3]
+    if shapes != ((_SIDE, 2), (2, _SIDE)) or key_cache.dtype != torch.bfloat16:
+        return False
+    _, block_size, num_kv_heads, head_size = plain_shape(key_cache)
+    block, head = key_cache.stride(0), key_cache.stride(3)
+    if num_kv_heads == 1:
+        head = value_cache.stride(3)
+    keys = (block, _SIDE * head_size, 2, 2 * _SIDE, 1)
+    values = (block, 2 * _SIDE, 1, head, _SIDE * block_size, 2)
+    strides = key_cache.stride()
+    return (*strides[:3], *strides[4:]) == keys and value_cache.stride() == values
 
 
 def tree_attention(
@@ -62,7 +86,7 @@ def tree_attention(
     requests: torch.Tensor | None,
 ) -> None:
     """As the reference; `refuses` said None."""
-    num_blocks, block_size, num_kv_heads, head_size = key_cache.shape
+    num_blocks, block_size, num_kv_heads, head_size = plain_shape(key_cache)
     if block_table.stride(1) != 1 or ancestor_mask.stride(1) != 1:
         block_table, ancestor_mask = block_table.contiguous(), ancestor_mask.contiguous()
     query_start_loc, context_lens = query_start_loc.contiguous(), context_lens.contiguous()
@@ -91,6 +115,7 @@ def tree_attention(
         block_table.shape[1],
         ancestor_mask.shape[1],
         sliding_window or 0,
+        key_cache.dim() == 6,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -98,7 +123,7 @@ def tree_attention(
         block_table.stride(0),
         ancestor_mask.stride(0),
         key_cache.stride(0),
-        key_cache.stride(2),
+        key_cache.stride(-3 if key_cache.dim() == 6 else 2),
         scale,
         logits_soft_cap,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from specplus_kernels.tiled import plain
+
 WORD_BITS = 64
 
 
@@ -30,6 +32,7 @@ def tree_attention(
     v_scale: torch.Tensor | None = None,
 ) -> None:
     """See the package's docstring; `sliding_window` is None or positive."""
+    key_cache, value_cache = plain(key_cache), plain(value_cache)
     starts, contexts = query_start_loc.tolist(), context_lens.tolist()
     tails = query_start_loc.diff().tolist() if tail_lens is None else tail_lens.tolist()
     chosen = range(len(contexts)) if requests is None else requests.tolist()
