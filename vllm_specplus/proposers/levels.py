@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal, Protocol
 
 import torch
@@ -105,17 +106,32 @@ class DraftModel(Protocol):
         """
 
 
+_GROUP = 128  # neighbours in a row of logits
+
+
 def likeliest(
     logits: torch.Tensor, num: int, vocab: torch.Tensor | None = None
 ) -> list[dict[int, float]]:
     """Per row of `logits`, [num_rows, num_tokens], the `num` likeliest tokens and what they are
     likely, in (0, 1]; `vocab`: the ids of the tokens, if they are not all."""
     logits = logits.float()
-    best, index = logits.topk(min(num, logits.shape[1]))
-    weights = torch.exp(logits - best[:, :1])
-    probs = torch.exp(best - best[:, :1]) / weights.sum(1, keepdim=True)
+    best, index = _largest(logits, min(num, logits.shape[1]))
+    total = (logits - best[:, :1]).exp_().sum(1, keepdim=True)
+    probs = (best - best[:, :1]).exp() / total
     tokens = index if vocab is None else vocab[index]
     return [
         {token: prob for token, prob in zip(*row, strict=True) if prob > 0}
         for row in zip(tokens.tolist(), probs.tolist(), strict=True)
     ]
+
+
+def _largest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `logits.topk(num)`, which takes several times as long: the `num` largest are within the
+    `num` groups whose maxima are largest."""
+    size = gcd(logits.shape[1], _GROUP)
+    groups = logits.unflatten(1, (-1, size))
+    if groups.shape[1] <= num:
+        return logits.topk(num)
+    index = groups.amax(2).topk(num).indices
+    best, within = groups[torch.arange(len(logits))[:, None], index].flatten(1).topk(num)
+    return best, index.gather(1, within // size) * size + within % size

@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 _NAME = "specplus_int8_linear"
 _MAX_COLUMNS = 1 << 16
 """So many products of bytes cannot overflow 32 bits."""
-_kernel = cpu_library.Kernel(_NAME, "7q")
+_kernel = cpu_library.Kernel(_NAME, "8q")
 
 
 @functools.cache
 def is_built() -> bool:
     """Whether the library has the kernel: the CPU that it was built for has AVX512-VNNI."""
     return hasattr(cpu_library.load(), _NAME)
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether AMX may be used; asks the system for it."""
+    return is_built() and bool(cpu_library.load().specplus_int8_linear_amx())
 
 
 def refuses(weight: Int8Weight) -> str | None:
@@ -36,5 +42,5 @@ def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     x = x.float().contiguous()
     out = torch.empty(len(x), weight.num_out)
     pointers = [each.data_ptr() for each in (x, weight.panels, weight.scales, out)]
-    _kernel(*pointers, len(x), weight.num_out, weight.num_in)
+    _kernel(*pointers, len(x), weight.num_out, weight.num_in, has_amx())
     return out
