@@ -6,9 +6,10 @@ vLLM is imported here only, inside `Engine`, so that the process that drives and
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from typing import Any
 
 from benchmarks.e2e.methods import Method
@@ -117,6 +118,13 @@ class Engine:
 
     def generate(self, batch: Batch) -> Generated:
         """Generate exactly `max_tokens` tokens for every prompt, from a cold prefix cache."""
+        self.begin(batch)
+        generated = self.advance(inf)
+        assert generated is not None, "a batch without an end"
+        return generated
+
+    def begin(self, batch: Batch) -> None:
+        """Make ready to `generate` a batch in turns."""
         from vllm import SamplingParams
 
         params = [
@@ -129,14 +137,28 @@ class Engine:
             for seed in batch.seeds
         ]
         self.llm.reset_prefix_cache()
-        before = self._counters()
-        start = time.perf_counter()
-        token_ids = self._run(batch, params)
-        seconds = time.perf_counter() - start
-        return Generated(seconds, token_ids, self._counters().since(before))
+        self._before, self._seconds = self._counters(), 0.0
+        self._steps = self._run(batch, params)
 
-    def _run(self, batch: Batch, params: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """The new tokens of each prompt; where one ends the next begins."""
+    def advance(self, seconds: float) -> Generated | None:
+        """Work on the batch for about so many seconds; None if it has not come to its end.
+
+        Only the time in here counts: others may work between two turns.
+        """
+        start = now = time.perf_counter()
+        token_ids = None
+        while token_ids is None and now - start < seconds:
+            token_ids, now = next(self._steps), time.perf_counter()
+        self._seconds += now - start
+        if token_ids is None:
+            return None
+        return Generated(self._seconds, token_ids, self._counters().since(self._before))
+
+    def _run(
+        self, batch: Batch, params: Sequence[Any]
+    ) -> Iterator[tuple[tuple[int, ...], ...] | None]:
+        """A step a time; the last gives the new tokens of each prompt. Where one prompt's text
+        ends the next begins."""
         engine = self.llm.llm_engine
         waiting, running = iter(zip(batch.prompt_ids, params, strict=True)), 0
         done: dict[int, tuple[int, ...]] = {}
@@ -149,7 +171,8 @@ class Engine:
                 if output.finished:
                     done[int(output.request_id)] = tuple(output.outputs[0].token_ids)
                     running -= 1
-        return tuple(done[index] for index in range(len(params)))
+            whole = len(done) == len(params)
+            yield tuple(done[index] for index in range(len(params))) if whole else None
 
     def top_logits(self, prompt_ids: Sequence[int], count: int) -> list[tuple[int, float]]:
         """The `count` largest logits after `prompt_ids` as (token id, logit), largest first."""

@@ -1,7 +1,7 @@
-"""The rounds: every group of prompts goes through all methods in turn before the next group.
+"""The rounds: every group of prompts goes through all methods before the next group.
 
-Whatever disturbs the machine for a while hits all methods alike, and the ratios to plain are
-taken between runs that are seconds apart. The order of the methods rotates from group to group.
+The methods take turns of half a second, so that whatever disturbs the machine for longer hits all
+of them alike. Their order rotates from group to group.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from benchmarks.e2e.process import EngineProcess
 from benchmarks.e2e.prompts import make_groups
 
 WARMUP_TOKENS = 24
+TURN_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +104,18 @@ def measure(
     on_run: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """Run all rounds; `on_run` hears of each outcome."""
-    runs = []
+    runs: list[Run] = []
     for number, round_ in enumerate(make_rounds(plan)):
-        for label in rotated(list(engines), number):
-            generated = engines[label].call("generate", plan.batch(round_.group, round_.batch_size))
-            runs.append(Run(label, round_, generated))
-            on_run(runs[-1])
+        for engine in engines.values():
+            engine.call("begin", plan.batch(round_.group, round_.batch_size))
+        done: dict[str, Run] = {}
+        running = rotated(list(engines), number)
+        while running:
+            for label in tuple(running):
+                generated = engines[label].call("advance", TURN_SECONDS)
+                if generated is not None:
+                    running.remove(label)
+                    done[label] = Run(label, round_, generated)
+                    on_run(done[label])
+        runs += [done[label] for label in engines]
     return runs

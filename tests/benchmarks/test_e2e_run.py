@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.e2e import measure
 from benchmarks.e2e.generate import main
 from benchmarks.provenance import ROOT
 from tests.engine.models import BUILDERS, save
@@ -45,7 +46,10 @@ def is_engine(pid: str) -> bool:
         return False
 
 
-def test_generate_measures_and_compares(model: Path, tmp_path: Path) -> None:
+def test_generate_measures_and_compares(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "TURN_SECONDS", 1e-9)  # every step is a turn
     out = tmp_path / "out.json"
     limits = [
         "--enforce-eager",

@@ -125,6 +125,8 @@ def serve(budget: RowBudget, refill: bool) -> list[int]:
         running = running[1:]
         if refill or not running:
             running.append(next(names))
+            if not refill:
+                budget.paused()
     running = ["fast", "slow1", "slow2", "slow3"]
     for _ in range(30):
         budget.min_probs(running)
@@ -158,3 +160,18 @@ def test_state_of_finished_requests_goes() -> None:
         budget.min_probs([str(i), str(i + 1)])
         budget.allocate([[0.9], [0.9]])
     assert len(budget._paces) == 2
+
+
+def test_a_queue_is_known_where_all_requests_finish_at_once() -> None:
+    """Batches of four that end together: the next one waited for it, or came after a pause."""
+    budgets = RowBudget(), RowBudget()
+    for budget, pauses in zip(budgets, (False, True), strict=True):
+        budget.measured({1: 10.0, 4: 12.0, 64: 72.0})
+        for batch in range(30):
+            names = [f"{batch}-{i}" for i in range(4)]
+            for _ in range(9):
+                budget.min_probs(names)
+                budget.allocate([[0.99] * 4, [], [], []])
+            if pauses:
+                budget.paused()
+    assert [budget.allocate([[0.6, 0.5], [], [], []])[0] for budget in budgets] == [2, 0]

@@ -75,14 +75,16 @@ class RowBudget:
 
     While finished requests make room for waiting ones, a token saves its share of a step, whoever
     emits it. Without a queue the steps go on until the slowest request has finished, and a request
-    that is ahead saves only its own later rows: its tokens weigh less.
+    that is ahead saves only its own later rows: its tokens weigh less. Until requests have finished
+    a queue is taken for granted.
     """
 
     def __init__(self) -> None:
         self.cost: CostModel | None = None
         self._paces: dict[str, _Pace] = {}
         self._weights: np.ndarray | None = None
-        self._refill = 0.0
+        self._refill = 1.0
+        self._paused = False
 
     def measured(self, step_ms: Mapping[int, float], spec_ms: float = 0.0) -> None:
         """Takes the milliseconds of a step by total rows, and what drafts add to any step."""
@@ -92,6 +94,10 @@ class RowBudget:
         """Learns from a step of `num_rows` rows, all of them decoding, that took `ms`."""
         if self.cost is not None:
             self.cost.observe(num_rows, ms - drafted * self.cost.spec_ms)
+
+    def paused(self) -> None:
+        """There was nothing to do since the last step; what begins now did not wait for it."""
+        self._paused = True
 
     def min_probs(self, req_ids: Sequence[str]) -> list[float]:
         """Opens a step: what a node of each request must promise; from 1 on, looking is useless."""
@@ -125,10 +131,10 @@ class RowBudget:
         """Keeps the requests of this step, and notes whether those that left were replaced."""
         paces = {req_id: self._paces.get(req_id) or _Pace() for req_id in req_ids}
         num_stayed = len(paces.keys() & self._paces.keys())
-        for i in range(len(self._paces) - num_stayed if num_stayed else 0):
-            replaced = i < len(paces) - num_stayed
-            self._refill += _REFILL_RATE * (replaced - self._refill)
-        self._paces = paces
+        num_waiting = 0 if self._paused and not num_stayed else len(paces) - num_stayed
+        for i in range(len(self._paces) - num_stayed):
+            self._refill += _REFILL_RATE * ((i < num_waiting) - self._refill)
+        self._paces, self._paused = paces, False
 
     def _worth(self, cost: CostModel) -> np.ndarray:
         """What a token of each request is worth, as a part of its share of a step: [num_reqs]."""

@@ -29,7 +29,9 @@ class StepClock:
 
     def start(self) -> None:
         now = time.perf_counter()
-        if self._step is not None and now - self._ended < _IDLE_SECONDS:
+        if now - self._ended >= _IDLE_SECONDS:
+            self._budget.paused()
+        elif self._step is not None:
             rows, drafted = self._step
             ms = 1e3 * (now - self._began) - self._sampling_ms - self._drafting_ms
             self._budget.observe(rows, ms, drafted)
