@@ -23,7 +23,6 @@ from benchmarks.e2e.environment import worker_environment
 from benchmarks.e2e.methods import Method
 from benchmarks.provenance import ROOT
 
-POLL_SECONDS = 0.1
 EXIT_SECONDS = 5
 LOG_TAIL_LINES = 25
 
@@ -56,12 +55,9 @@ class EngineProcess:
         child.close()
         self._connection.send((method, settings))
 
-    def ready(self) -> bool:
-        """Whether the engine has started (or failed to: `result` raises then)."""
-        return self._connection.poll(POLL_SECONDS)
-
     def result(self) -> Any:
-        """Wait for the answer to the last call; EngineError if it failed."""
+        """Wait until the engine has started, or for the answer to the last call; EngineError if
+        that failed."""
         try:
             ok, value = self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -97,11 +93,19 @@ def running_engines(
     settings: EngineSettings,
     on_ready: Callable[[Method, float], None] = lambda method, seconds: None,
 ) -> Iterator[dict[str, EngineProcess]]:
-    """All engines by label, at most one a core starting at a time; they end with the context."""
+    """All engines by label; they end with the context.
+
+    They start one after the other, as ours measure what rows cost on this machine when they start.
+    """
     engines: dict[str, EngineProcess] = {}
     with tempfile.TemporaryDirectory(prefix="specplus-bench-") as log_folder:
         try:
-            _start_all(engines, methods, settings, Path(log_folder), on_ready)
+            for number, method in enumerate(methods):
+                began = time.perf_counter()
+                log_path = Path(log_folder) / f"{number}.log"
+                engines[method.label] = EngineProcess(method, settings, log_path)
+                engines[method.label].result()
+                on_ready(method, time.perf_counter() - began)
             yield engines
         finally:
             for engine in engines.values():
@@ -109,26 +113,6 @@ def running_engines(
             deadline = time.monotonic() + EXIT_SECONDS
             for engine in engines.values():
                 engine.end(deadline)
-
-
-def _start_all(
-    engines: dict[str, EngineProcess],
-    methods: Sequence[Method],
-    settings: EngineSettings,
-    log_folder: Path,
-    on_ready: Callable[[Method, float], None],
-) -> None:
-    waiting = list(methods)
-    started: dict[str, float] = {}
-    while waiting or started:
-        while waiting and len(started) < len(os.sched_getaffinity(0)):
-            method = waiting.pop(0)
-            started[method.label] = time.perf_counter()
-            log_path = log_folder / f"{len(engines)}.log"
-            engines[method.label] = EngineProcess(method, settings, log_path)
-        for label in [label for label in started if engines[label].ready()]:
-            engines[label].result()
-            on_ready(engines[label].method, time.perf_counter() - started.pop(label))
 
 
 def _serve(connection: Connection) -> None:

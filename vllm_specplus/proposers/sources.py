@@ -38,8 +38,8 @@ class SourceCells:
 class Sources:
     """The candidates of one request's tree, by path.
 
-    drafted: by the name of the drafter. expectations: of the request; votes: its n-grams, None
-    without.
+    drafted: by the name of the drafter; what it says of a path must not change once that has been
+    expanded. expectations: of the request; votes: its n-grams, None without.
     """
 
     def __init__(
@@ -52,9 +52,15 @@ class Sources:
         self._drafted, self._votes = drafted, votes
         self._cells, self._expectations = cells, expectations
         self._matched: dict[Path, dict[int, float]] = {}
+        self._expanded: dict[Path, list[tuple[int, float]]] = {}
 
-    def expand(self, path: Path) -> Iterator[tuple[int, float]]:
+    def expand(self, path: Path) -> list[tuple[int, float]]:
         """The candidates after a path, for `grow`."""
+        if path not in self._expanded:
+            self._expanded[path] = [*self._expand(path)]
+        return self._expanded[path]
+
+    def _expand(self, path: Path) -> Iterator[tuple[int, float]]:
         proposed = {name: after(path) for name, after in self._drafted.items()}
         proposed["ngram"] = self.matches(path)
         contested = sum(map(bool, proposed.values())) > 1
