@@ -1,14 +1,15 @@
 """int8_linear: against dense products, with odd shapes, few and many inputs.
 
 Seen to fail: a panel's last rows left out, the sum of the lower bytes not taken off, scales of
-another panel, inputs of eight bits.
+another panel, inputs of eight bits; with AMX the last bytes left out, the two
+sums exchanged.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from specplus_kernels import Int8Weight, int8_linear
+from specplus_kernels import Int8Weight, dispatch, int8_linear
 from specplus_kernels.int8_linear import cpu
 
 
@@ -50,6 +51,20 @@ def test_int8_weights_are_kept() -> None:
     weight = torch.randint(-127, 128, (40, 70)).float()
     weight[:, 0] = 127
     assert torch.equal(Int8Weight.of(weight).dense(), weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 16, 21])
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 1), (100, 33), (700, 640), (32, 196)])
+def test_amx_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, num_out: int, num_in: int
+) -> None:
+    if not cpu.has_amx():
+        pytest.skip("this CPU has no AMX, or the library was built without")
+    x, packed = torch.randn(num_rows, num_in), Int8Weight.of(torch.randn(num_out, num_in))
+    with dispatch.force("cpu"):
+        tiled = int8_linear(x, packed)
+        monkeypatch.setattr(cpu, "has_amx", lambda: False)
+        assert torch.equal(int8_linear(x, packed), tiled)
 
 
 def test_zeros() -> None:

@@ -109,7 +109,9 @@ def test_shapes(any_provider: str, shape: tuple[torch.dtype, tuple[int, int, int
 
 
 @pytest.mark.parametrize("provider", ["reference", "cpu"], indirect=True)
-@pytest.mark.parametrize("shape", [(4, 1, 256, 128), (8, 8, 96, 32), (12, 4, 32, 64), (2, 2, 64, 96)])
+@pytest.mark.parametrize(
+    "shape", [(4, 1, 256, 128), (8, 8, 96, 32), (12, 4, 32, 64), (2, 2, 64, 96)]
+)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 21}, {"logits_soft_cap": 4.0}], ids=str)
 def test_amx_layout(
     provider: str, shape: tuple[int, int, int, int], options: dict[str, float]

@@ -126,9 +126,7 @@ class TreeModelState(DefaultModelState):
 
     def _plan_commits(self) -> list[KVCommitPlan | None]:
         """Per KV group; none for groups of drafters' layers alone."""
-        views = [
-            [v for layer in g for v in layer.impl.kv_views(layer)] for g in self._layers
-        ]
+        views = [[v for layer in g for v in layer.impl.kv_views(layer)] for g in self._layers]
         return [KVCommitPlan(group) if group else None for group in views]
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:

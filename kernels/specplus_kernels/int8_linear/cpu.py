@@ -27,7 +27,8 @@ def is_built() -> bool:
 @functools.cache
 def has_amx() -> bool:
     """Whether AMX may be used; asks the system for it."""
-    return is_built() and bool(cpu_library.load().specplus_int8_linear_amx())
+    granted = getattr(cpu_library.load(), f"{_NAME}_amx", None)
+    return granted is not None and bool(granted())
 
 
 def refuses(weight: Int8Weight) -> str | None:
