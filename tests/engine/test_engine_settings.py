@@ -79,10 +79,10 @@ def test_thinking_budget(method):
 
 
 def test_other_cache_layouts_become_vec(monkeypatch):
-    """On a machine with AMX vLLM picks a packed layout, which tree attention does not read."""
-    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_, **__: "amx")
+    """Such as a packed one for a model in float32, which tree attention does not read."""
     asked = requests("greedy", 4)
     plain = reference("llama", asked)
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_, **__: "amx")
     engine = start("llama", "oracle")
     assert_equal(engine.run(asked), plain)
     assert engine.extra_tokens > 0

@@ -78,7 +78,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        is_bf16 = self.kv_cache_dtype in ("auto", "bfloat16")
+        is_bf16 = self.dtype == torch.bfloat16 and self.kv_cache_dtype in ("auto", "bfloat16")
         if self.isa == "amx" and is_bf16 and cpu_library.load() is not None:
             return
         if self.isa not in _VEC_LAYOUTS:
