@@ -11,13 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from specplus_kernels.tiled import vec_kv_views
 from specplus_kernels.tree_grow.rows import TreeRows, empty_rows
 from vllm import SamplingParams
 
 from tests.engine.engines import Engine, Request
 from tests.engine.models import TINY_VOCAB_SIZE
 from vllm_specplus.engine import v2_speculator
-from vllm_specplus.engine.attention_cpu import vec_kv_views
 
 Kept = dict[tuple[int, ...], list[torch.Tensor]]
 """Committed tokens -> per level of the drafter, keys and values of the rows that are final."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from specplus_kernels import cpu_library
+from specplus_kernels.tiled import amx_kv_views, vec_kv_views
 
 from vllm_specplus.engine.attention import KVViews, TreeRowsMixin
 from vllm_specplus.engine.compat import init_logger
@@ -17,45 +18,11 @@ from vllm_specplus.engine.compat_cpu import (
 
 logger = init_logger(__name__)
 _VEC_LAYOUTS = ("vec", "vec16")
-_TILE = 16
 
 
 def kv_views(layer: Any) -> KVViews:
     """Of a layer's cache, in the layout that its metadata builder has chosen."""
     return amx_kv_views(layer.kv_cache) if layer.isa == "amx" else vec_kv_views(layer.kv_cache)
-
-
-def vec_kv_views(kv_cache: torch.Tensor) -> KVViews:
-    """Of a "vec" cache of a CPU.
-
-    Memory is [num_blocks, num_kv_heads, block_size, 2 * head_size]; the first half of each
-    (block, head) holds the keys transposed, [head_size, block_size], the second half the values.
-    """
-    block_size, width = kv_cache.shape[2:]
-    keys, values = _halves(kv_cache)
-    keys = keys.unflatten(-1, (width // 2, block_size)).permute(0, 3, 1, 2)
-    values = values.unflatten(-1, (block_size, width // 2)).transpose(1, 2)
-    return keys, values
-
-
-def amx_kv_views(kv_cache: torch.Tensor) -> KVViews:
-    """Of an "amx" cache in bf16, in tiles.
-
-    As "vec" but for the halves: keys are [block_size / 16, head_size / 2, 16 slots, 2 dimensions],
-    values [head_size / 16, block_size / 2, 16 dimensions, 2 slots].
-    """
-    block_size, width = kv_cache.shape[2:]
-    keys, values = _halves(kv_cache)
-    keys = keys.unflatten(-1, (block_size // _TILE, width // 4, _TILE, 2))
-    values = values.unflatten(-1, (width // 2 // _TILE, block_size // 2, _TILE, 2))
-    return keys.permute(0, 2, 4, 1, 3, 5), values.permute(0, 3, 5, 1, 2, 4)
-
-
-def _halves(kv_cache: torch.Tensor) -> KVViews:
-    """[num_blocks, num_kv_heads, block_size * head_size] each."""
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * width // 2)
-    return halves[:, :, 0], halves[:, :, 1]
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

@@ -91,8 +91,8 @@ def tree_attention(
         block_table, ancestor_mask = block_table.contiguous(), ancestor_mask.contiguous()
     query_start_loc, context_lens = query_start_loc.contiguous(), context_lens.contiguous()
     positions = positions.contiguous()
-    requests = None if requests is None else requests.contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
+    requests = requests if requests is None else requests.contiguous()
+    sinks = sinks if sinks is None else sinks.float().contiguous()
     result = _kernel(
         query.data_ptr(),
         key_cache.data_ptr(),
@@ -103,8 +103,7 @@ def tree_attention(
         context_lens.data_ptr(),
         ancestor_mask.data_ptr(),
         positions.data_ptr(),
-        0 if requests is None else requests.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
+        *(0 if each is None else each.data_ptr() for each in (requests, sinks)),
         DTYPES[query.dtype],
         len(context_lens) if requests is None else len(requests),
         query.shape[1],
