@@ -11,11 +11,17 @@ import torch
 
 _TILE = 16
 KVViews = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a cache."""
+
+
+def is_tiled(cache: torch.Tensor) -> bool:
+    """Whether a cache is given in tiles."""
+    return cache.dim() == 6
 
 
 def plain_shape(cache: torch.Tensor) -> tuple[int, ...]:
     """Of a cache in tiles or not, [num_blocks, block_size, num_kv_heads, head_size]."""
-    if cache.dim() != 6:
+    if not is_tiled(cache):
         return tuple(cache.shape)
     num_blocks, slot_tiles, slots, num_kv_heads, dim_tiles, dims = cache.shape
     return num_blocks, slot_tiles * slots, num_kv_heads, dim_tiles * dims
@@ -23,7 +29,7 @@ def plain_shape(cache: torch.Tensor) -> tuple[int, ...]:
 
 def plain(cache: torch.Tensor) -> torch.Tensor:
     """A cache of `plain_shape`; a copy of one in tiles."""
-    return cache.flatten(4).flatten(1, 2) if cache.dim() == 6 else cache
+    return cache.flatten(4).flatten(1, 2) if is_tiled(cache) else cache
 
 
 def vec_kv_views(kv_cache: torch.Tensor) -> KVViews:

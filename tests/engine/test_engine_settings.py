@@ -2,7 +2,7 @@
 
 Seen to fail: `_RootRows` left out of the row metadata (the budget never bites), the logprobs mode
 of another engine, AMX's cache layout left selected (the process dies of an illegal instruction
-where AMX is missing).
+where AMX is missing), in bfloat16 read as another, or its accepted rows not moved.
 """
 
 from __future__ import annotations
@@ -86,3 +86,29 @@ def test_other_cache_layouts_become_vec(monkeypatch):
     engine = start("llama", "oracle")
     assert_equal(engine.run(asked), plain)
     assert engine.extra_tokens > 0
+
+
+BF16_TOLERANCE = 0.05
+"""Of log-probabilities near -1 to -3, whose logits have 8 bits; those of wrong keys are 0.1 off."""
+
+
+def test_text_in_bfloat16():
+    """Plain text up to a near-tie, and its log-probabilities: where the CPU has AMX, trees read and
+    move the cache in its layout."""
+    asked = requests("greedy", 8, logprobs=2)
+    plain = reference("llama", asked, dtype="bfloat16")
+    engine = start("llama", "oracle", dtype="bfloat16")
+    num_equal = 0
+    for ours, theirs in zip(engine.run(asked), plain, strict=True):
+        [ours, theirs] = [output.outputs[0] for output in (ours, theirs)]
+        for position, token in enumerate(ours.token_ids):
+            expected = theirs.logprobs[position]
+            assert token in expected
+            gap = ours.logprobs[position][token].logprob - expected[token].logprob
+            assert abs(gap) < BF16_TOLERANCE
+            if token != theirs.token_ids[position]:
+                best, second = sorted((each.logprob for each in expected.values()), reverse=True)
+                assert best - second < BF16_TOLERANCE
+                break
+            num_equal += 1
+    assert num_equal > 100 and engine.extra_tokens > 50

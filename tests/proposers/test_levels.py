@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from vllm_specplus.engine.drafters.paged import paged_rows
-from vllm_specplus.proposers.levels import RequestRows
+from vllm_specplus.proposers.levels import RequestRows, likeliest
 
 
 def rows(start: int, num_known: int, parents: list[int], depths: list[int]) -> RequestRows:
@@ -57,6 +58,16 @@ def test_rows_lie_where_the_target_has_theirs_and_see_their_first_block_first() 
     assert [row[:2] for row in paged.tree.block_table.tolist()] == [[7, 5]] * 2 + [[6, 9]] * 2
     assert paged.tree.context_lens.tolist() == [5, 7, 1, 3]
     assert paged.tree.positions.tolist() == [5, 6, 7, 8, 1, 2, 3, 4] and each.positions()[0] == 9
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300, 1000, 1024, 4096, 32_001])
+def test_the_likeliest_tokens(num_tokens: int) -> None:
+    """In groups and without; seen to fail: fewer groups than tokens."""
+    logits, vocab = torch.randn(3, num_tokens), torch.randperm(num_tokens)
+    best, index = logits.softmax(1).topk(min(8, num_tokens))
+    for found, tokens, probs in zip(likeliest(logits, 8, vocab), index, best, strict=True):
+        assert [*found] == vocab[tokens].tolist()
+        assert [*found.values()] == pytest.approx(probs.tolist(), rel=1e-4)
 
 
 def test_nodes_alone() -> None:

@@ -96,7 +96,7 @@ class RowBudget:
             self.cost.observe(num_rows, ms - drafted * self.cost.spec_ms)
 
     def paused(self) -> None:
-        """There was nothing to do since the last step; what begins now did not wait for it."""
+        """No step followed the last one at once: requests that are all new now did not wait."""
         self._paused = True
 
     def min_probs(self, req_ids: Sequence[str]) -> list[float]:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from specplus_kernels.tiled import KVViews
 from specplus_kernels.tree_attention import tree_attention
 
 from vllm_specplus.engine.compat import (
@@ -64,11 +65,6 @@ def attach_tree(
             positions=positions,
             context_lens=context_lens,
         )
-
-
-KVViews = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of a cache, each [num_blocks, block_size, num_kv_heads, head_size] or in tiles
-(specplus_kernels.tiled)."""
 
 
 def packed_kv_views(layer: Any) -> KVViews:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from specplus_kernels import cpu_library
-from specplus_kernels.tiled import amx_kv_views, vec_kv_views
+from specplus_kernels.tiled import KVViews, amx_kv_views, vec_kv_views
 
-from vllm_specplus.engine.attention import KVViews, TreeRowsMixin
+from vllm_specplus.engine.attention import TreeRowsMixin
 from vllm_specplus.engine.compat import init_logger
 from vllm_specplus.engine.compat_cpu import (
     CPUAttentionBackend,
@@ -39,7 +39,7 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 
 class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Keeps the cache in a layout that tree attention reads: "vec", or where vLLM chose it and our
-    C++ kernels are there "amx", whose prompts take a fifth of the time."""
+    C++ kernels are there "amx", whose prompts take a quarter of the time."""
 
     isa: str
 

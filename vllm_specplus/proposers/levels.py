@@ -106,7 +106,7 @@ class DraftModel(Protocol):
         """
 
 
-_GROUP = 128  # neighbours in a row of logits
+_GROUP, _LEAST_GROUP = 128, 16  # neighbours in a row of logits
 
 
 def likeliest(
@@ -126,12 +126,12 @@ def likeliest(
 
 
 def _largest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `logits.topk(num)`, which takes several times as long: the `num` largest are within the
-    `num` groups whose maxima are largest."""
+    """As `logits.topk(num)`, in less time where tokens fall into groups: the `num` largest are in
+    the `num` groups whose maxima are largest."""
     size = gcd(logits.shape[1], _GROUP)
-    groups = logits.unflatten(1, (-1, size))
-    if groups.shape[1] <= num:
+    if size < _LEAST_GROUP or logits.shape[1] <= num * size:
         return logits.topk(num)
+    groups = logits.unflatten(1, (-1, size))
     index = groups.amax(2).topk(num).indices
     best, within = groups[torch.arange(len(logits))[:, None], index].flatten(1).topk(num)
     return best, index.gather(1, within // size) * size + within % size

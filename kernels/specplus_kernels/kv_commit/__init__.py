@@ -29,7 +29,7 @@ import torch
 
 from specplus_kernels import dispatch
 from specplus_kernels.kv_commit import cpu, reference, words
-from specplus_kernels.tiled import plain_shape
+from specplus_kernels.tiled import is_tiled, plain_shape
 
 __all__ = ["KVCommitPlan", "kv_commit"]
 
@@ -81,7 +81,7 @@ class KVCommitPlan:
             )
         which = dispatch.provider(self._caches[0].device)
         reason = cpu.refuses(self._caches)
-        if which == "triton" and any(cache.dim() == 6 for cache in self._caches):
+        if which == "triton" and any(map(is_tiled, self._caches)):
             reason = "caches in tiles"
         if which != "reference" and reason:
             which = dispatch.downgrade("kv_commit", reason)

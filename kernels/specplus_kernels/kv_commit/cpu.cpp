@@ -44,7 +44,7 @@ template <typename T>
 void move_tile(T *data, int64_t dim, int64_t num_dims, const int64_t (*at)[2], int64_t count) {
   for (int64_t d = 0; d < num_dims; ++d, data += dim) {
     for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(data + at[i][0] + AHEAD * dim, 1);
+      if (d + AHEAD < num_dims) __builtin_prefetch(data + at[i][0] + AHEAD * dim, 1);
       data[at[i][1]] = data[at[i][0]];
     }
   }

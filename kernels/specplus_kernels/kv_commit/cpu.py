@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from specplus_kernels.cpu_library import Kernel
-from specplus_kernels.tiled import plain_shape
+from specplus_kernels.tiled import is_tiled, plain_shape
 
 _kernel = Kernel("specplus_kv_commit", "7q")
 
@@ -23,7 +23,7 @@ def describe(caches: Sequence[torch.Tensor]) -> torch.Tensor:
     of all dimensions of a cache in tiles, which one that is not has one of."""
     rows = []
     for cache in caches:
-        tiled = cache if cache.dim() == 6 else cache.unsqueeze(3).unsqueeze(1)
+        tiled = cache if is_tiled(cache) else cache.unsqueeze(3).unsqueeze(1)
         rows.append((cache.data_ptr(), *tiled.shape, *tiled.stride(), cache.element_size()))
     return torch.tensor(rows, dtype=torch.int64)
 

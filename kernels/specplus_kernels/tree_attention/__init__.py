@@ -24,7 +24,7 @@ import torch
 
 from specplus_kernels import dispatch
 from specplus_kernels.opaque import opaque
-from specplus_kernels.tiled import plain_shape
+from specplus_kernels.tiled import is_tiled, plain_shape
 from specplus_kernels.tree_attention import cpu, reference
 
 __all__ = ["tree_attention"]
@@ -94,7 +94,7 @@ def _run(tensors: dict[str, Any], options: dict[str, Any], extended: dict[str, A
         from specplus_kernels.tree_attention import kernel
 
         reason = kernel.refuses(query.shape[2], query.shape[2])
-        if any(cache.dim() == 6 for cache in caches):
+        if any(map(is_tiled, caches)):
             reason = "a KV cache in tiles"
         if reason is None:
             kernel.tree_attention(**tensors, **options, **extended)

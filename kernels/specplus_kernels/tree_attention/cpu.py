@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from specplus_kernels.cpu_library import DTYPES, Kernel
-from specplus_kernels.tiled import plain_shape
+from specplus_kernels.tiled import is_tiled, plain_shape
 
 _kernel = Kernel("specplus_tree_attention", "30q2d")
 _ERRORS = {
@@ -114,7 +114,7 @@ def tree_attention(
         block_table.shape[1],
         ancestor_mask.shape[1],
         sliding_window or 0,
-        key_cache.dim() == 6,
+        is_tiled(key_cache),
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -122,7 +122,7 @@ def tree_attention(
         block_table.stride(0),
         ancestor_mask.stride(0),
         key_cache.stride(0),
-        key_cache.stride(-3 if key_cache.dim() == 6 else 2),
+        key_cache.stride(3 if is_tiled(key_cache) else 2),
         scale,
         logits_soft_cap,
     )
