@@ -12,7 +12,14 @@ import torch
 from tests.engine.engines import model_path
 from tests.engine.models import VOCAB_SIZE
 from tests.proposers.heads.heads import config, modules
-from tests.train.tiny import corpus_of, load_teacher, on_itself, trainer_of, write_samples
+from tests.train.tiny import (
+    corpus_of,
+    load_teacher,
+    on_itself,
+    sharpened,
+    trainer_of,
+    write_samples,
+)
 from vllm_specplus.proposers.heads.checkpoint import save_heads
 
 SIZES: dict[str, Any] = dict(
@@ -41,12 +48,14 @@ def random_path(**fields: Any) -> str:
 
 
 @cache
-def fitted(model: str, **fields: Any) -> tuple[str, list[list[int]]]:
-    """Heads that know eight greedy texts of a model by heart, and these texts."""
+def fitted(model: str, sure: bool = False, **fields: Any) -> tuple[str, list[list[int]]]:
+    """Heads that know eight greedy texts of a model by heart, and these texts. Those that are
+    `sure` of them know them in 16 bits as well, and depend less on what they read."""
     teacher = load_teacher(model_path(model))
     samples = write_samples(teacher, num=8, length=40)
     folder = Path(mkdtemp(prefix=f"specplus-fitted-{model}-"))
     corpus = corpus_of(on_itself(samples), teacher, folder)
+    corpus = sharpened(corpus) if sure else corpus
     trainer = trainer_of(corpus, folder, fields, learning_rate=1e-2, max_tokens=250 * 8 * 40)
     trainer.run()
     # All tokens, in an order of its own: a token that is not mapped back is never right.

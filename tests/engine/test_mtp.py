@@ -251,7 +251,7 @@ def test_fitted_heads_in_16_bits(sabotage, monkeypatch):
         if drafting_dtype(torch.bfloat16) is torch.bfloat16:
             pytest.skip("no matrix is int8 on a CPU without AVX512-VNNI")
         sabotage(monkeypatch)
-    heads, texts = fitted("llama", hidden_state_from="previous", tied=False)
+    heads, texts = fitted("llama", sure=True, hidden_state_from="previous", tied=False)
     drafting = engine(tree="chain", heads=heads, dtype="bfloat16")
     stats, rates = drafting.spec_round.stats, []
     for text in texts:
