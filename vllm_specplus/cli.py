@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,13 +119,17 @@ def tune(
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """What the user can mend ends in one line and exit code 2."""
+    """What the user can mend ends in one line and exit code 2; a command that is told to end
+    (SIGTERM) does so as by Ctrl-C, with its engine."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     except SpecPlusError as error:
         console = Console(stderr=True, markup=False, highlight=False)
         console.print(f"Error: {error}", soft_wrap=True)
         raise typer.Exit(2) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @train.command()

@@ -3,16 +3,20 @@ from the folder.
 
 Sabotages that were caught: text written anew on the second call, held-out prompts trained on,
 greedy text in place of the mix, text in the model's bfloat16 for `--fp32`, the draft vocabulary's
-least frequent tokens, Ctrl-C not heard or its handler left behind.
+least frequent tokens, Ctrl-C not heard or its handler left behind, a SIGTERM that nobody handles.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -32,11 +36,14 @@ from vllm_specplus.train.trainer import HeadsTrainer
 NUM_PROMPTS, TEXT_TOKENS = 12, 2500
 
 
-def train(folder: Path, *options: str, out: str = "out", kind: str = "mtp3") -> Result:
+def arguments(folder: Path, *options: str, out: str = "out", kind: str = "mtp3") -> list[str]:
     given = ["--model", folder / "model", "--prompts", folder / "p.jsonl", "--out", folder / out]
     sizes = "--prompt-tokens 12 --new-tokens 20 --draft-vocab 200 --head-rows 100 --fp32".split()
-    arguments = [*map(str, given), *sizes, "--text-tokens", str(TEXT_TOKENS), *options]
-    return CliRunner().invoke(main, ["train", kind, *arguments], env={"COLUMNS": "200"})
+    return ["train", kind, *map(str, given), *sizes, "--text-tokens", str(TEXT_TOKENS), *options]
+
+
+def train(folder: Path, *options: str, **where: str) -> Result:
+    return CliRunner().invoke(main, arguments(folder, *options, **where), env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,25 @@ def test_a_second_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused = train(folder, "--tokens", "6000", "--seed", "3")
     assert refused.exit_code == 2
     assert "Error: out=" in refused.output and "was trained with seed 0" in refused.output
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_engine_too(folder: Path) -> None:
+    """In the midst of the text. No terminal sends it to the engine's processes."""
+    command = [sys.executable, "-c", "from vllm_specplus.cli import main; main()"]
+    command += arguments(folder, "--text-tokens", "1000000000", out="ended")
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    run = psutil.Popen(command, env=environment)
+    text, deadline = folder / "ended/text.jsonl", time.monotonic() + 240
+    while not text.exists() or len(text.read_text().splitlines()) < 100:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    engines = [each for each in run.children(recursive=True) if "VLLM" in each.name()]
+    run.terminate()
+    _, left = psutil.wait_procs([run, *engines], timeout=60)
+    for each in left:
+        each.kill()
+    assert engines and not left and run.returncode == 130
 
 
 def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,14 +154,14 @@ def _write_text(options: TrainOptions, show: OnProgress) -> Text:
             seed=options.fit.seed + len(file.samples),
             dtype="float32" if options.fit.compute == "float32" else "auto",
         )
-        for samples in writer.held_out(held_out, len(written(True))):
-            file.add(samples)
-        for samples in writer.training(prompts, len(written(False))):
-            file.add(samples)
-            show(sum(written(False)))
-            if sum(written(False)) >= options.text_tokens:
-                break
-        writer.close()
+        with closing(writer):
+            for samples in writer.held_out(held_out, len(written(True))):
+                file.add(samples)
+            for samples in writer.training(prompts, len(written(False))):
+                file.add(samples)
+                show(sum(written(False)))
+                if sum(written(False)) >= options.text_tokens:
+                    break
     show(options.text_tokens)
     return Text.of(file.samples)
 
