@@ -110,7 +110,8 @@ def write_prompt(rng: random.Random) -> dict[str, str]:
 def main(out: str, num: str = "2500") -> None:
     """Writes the file, the same at every call."""
     rng = random.Random(0)
-    prompts = {json.dumps(write_prompt(rng), ensure_ascii=False): None for _ in range(int(num))}
+    written = (json.dumps(write_prompt(rng), ensure_ascii=False) for _ in range(int(num)))
+    prompts = dict.fromkeys(written)
     Path(out).write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -121,7 +122,7 @@ def tune(
 def _one_line() -> Iterator[None]:
     """What the user can mend ends in one line and exit code 2; a command that is told to end
     (SIGTERM) does so as by Ctrl-C, with its engine."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except SpecPlusError as error:
@@ -130,6 +131,12 @@ def _one_line() -> Iterator[None]:
         raise typer.Exit(2) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does, also where a shell started the command in the background and ignores it."""
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
 
 @train.command()

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,21 @@ def test_sigterm_ends_the_engine_too(folder: Path) -> None:
     command += arguments(folder, "--text-tokens", "1000000000", out="ended")
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     run = psutil.Popen(command, env=environment)
-    text, deadline = folder / "ended/text.jsonl", time.monotonic() + 240
-    while not text.exists() or len(text.read_text().splitlines()) < 100:
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    engines = [each for each in run.children(recursive=True) if "VLLM" in each.name()]
-    run.terminate()
-    _, left = psutil.wait_procs([run, *engines], timeout=60)
-    for each in left:
-        each.kill()
-    assert engines and not left and run.returncode == 130
+    started = []
+    try:
+        text, deadline = folder / "ended/text.jsonl", time.monotonic() + 240
+        while not text.exists() or len(text.read_text().splitlines()) < 100:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        started = run.children(recursive=True)
+        run.terminate()
+        assert run.wait(60) == 130
+        _, left = psutil.wait_procs(started, timeout=60)
+        assert started and not left
+    finally:
+        for each in [run, *started]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

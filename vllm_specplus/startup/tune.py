@@ -98,14 +98,16 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
         counted = llm.collective_rpc("specplus_stats")[0]
         return 1e3 * counted["draft_seconds"], counted["num_rounds"], counted["num_drafts"]
 
-    llm.collective_rpc("specplus_count_ranks")
-    llm.generate(list(prompts), params, use_tqdm=False)
-    draft_ms, rounds, drafts = stats()
-    found = llm.collective_rpc("specplus_measured")[0]
-    for prompt in prompts[:_ALONE]:
-        llm.generate([prompt], params, use_tqdm=False)
-    all_draft_ms, all_rounds, _ = stats()
-    llm.llm_engine.engine_core.shutdown()
+    try:
+        llm.collective_rpc("specplus_count_ranks")
+        llm.generate(list(prompts), params, use_tqdm=False)
+        draft_ms, rounds, drafts = stats()
+        found = llm.collective_rpc("specplus_measured")[0]
+        for prompt in prompts[:_ALONE]:
+            llm.generate([prompt], params, use_tqdm=False)
+        all_draft_ms, all_rounds, _ = stats()
+    finally:
+        llm.llm_engine.engine_core.shutdown()
     return Measured(
         RankCounts(found["by_rank"], found["by_row"]),
         drafts / rounds,
