@@ -80,13 +80,14 @@ def tune(
     depth: Annotated[int, typer.Option(min=1, max=127, help="Depth of drafts at most.")] = 6,
     nodes: Annotated[int, typer.Option(min=1, max=127, help="Nodes of a tree at most.")] = 48,
     temperature: Annotated[float, typer.Option(min=0, help="Of what is decoded.")] = 0.0,
-    new_tokens: Annotated[int, typer.Option(min=8, help="Decoded after each prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=8, help="After prompts; long ones are cut.")] = 64,
     limit: Annotated[int, typer.Option(min=1, help="Prompts at most, spread evenly.")] = 40,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="As vLLM's.")] = None,
     eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = False,
 ) -> None:
     """Measures acceptance and the cost of rows, and says which trees are best; writes OUT."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_specplus.startup.host import config_fields
     from vllm_specplus.startup.tune import TuneOptions
     from vllm_specplus.startup.tune import tune as measure
     from vllm_specplus.train.text import read_prompts
@@ -104,6 +105,7 @@ def tune(
         if not out.resolve().parent.is_dir():
             raise bad_option("out", str(out), "is in a folder that does not exist", "make it first")
         texts = [prompt.text for prompt in read_prompts(prompts)]
+        config_fields(model)  # or an error, before the engine starts
         tuned = measure(options, texts[:: -(-len(texts) // limit)])
     out.write_text(tuned.model_dump_json(indent=2) + "\n", encoding="utf-8")
     console, best = (
@@ -219,6 +221,7 @@ def eagle(
 def _train(kind: str, given: dict[str, Any]) -> None:
     """given: what the command line says, by the names of the parameters."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_specplus.startup.host import config_fields
     from vllm_specplus.train import command
 
     fit = command.FitSettings(
@@ -229,6 +232,7 @@ def _train(kind: str, given: dict[str, Any]) -> None:
     )
     options = command.TrainOptions(kind=kind, fit=fit, device=command.auto_device(), **given)
     with _one_line():
+        config_fields(options.model)  # or an error, before anything is made
         raise typer.Exit(0 if command.train(options, Console()) else 130)
 
 

@@ -62,7 +62,8 @@ def test_the_better_kind_of_tree_is_recommended() -> None:
 
 def tune(tmp_path: Path, *arguments: str) -> tuple[Any, Path]:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tuned.json"
-    lines = [{"prompt": "how long can the day be " * 4}, {"prompt": "red green red green " * 6}]
+    lines = [{"prompt": "how long can the day be " * 4}, {"prompt": "red green red green " * 99}]
+    # The second is longer than the model: it is cut.
     prompts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     fixed = ["--model", str(model_path("llama")), "--prompts", str(prompts), "--out", str(out)]
     size = ["--depth", "4", "--nodes", "12", "--eager", "--max-model-len", "256"]
@@ -85,10 +86,15 @@ def test_a_model_is_tuned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
-    [("lookahead", "weighs the rows of its window by itself"), ("ngrm", "did you mean 'ngram'")],
+    ("arguments", "said"),
+    [
+        ("--method lookahead", "weighs the rows of its window by itself"),
+        ("--method ngrm", "did you mean 'ngram'"),
+        ("--method ngram --model /no/model", "model='/no/model' has no config.json"),
+        ("--method ngram --new-tokens 256", "leaves no room for prompts in max_model_len=256"),
+    ],
 )
-def test_what_cannot_be_tuned_ends_in_one_line(method: str, said: str, tmp_path: Path) -> None:
-    result, out = tune(tmp_path, "--method", method)
+def test_what_cannot_be_tuned_ends_in_one_line(arguments: str, said: str, tmp_path: Path) -> None:
+    result, out = tune(tmp_path, *arguments.split())
     assert result.exit_code == 2 and not out.exists()
     assert said in result.output and "Traceback" not in result.output

@@ -227,3 +227,6 @@ def test_errors_are_one_line(folder: Path) -> None:
     assert result.exit_code == 2
     assert result.output.startswith("Error: heads=") and result.output.count("\n") == 1
     assert not (folder / "nothing").exists()
+    result = train(folder, "--model", str(folder / "no model"))
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: model=") and result.output.count("\n") == 1

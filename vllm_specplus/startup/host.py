@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from vllm_specplus.config import METHODS
 from vllm_specplus.core.mtp_models import MTPModel, find_mtp_model
-from vllm_specplus.errors import VLLM_CHAINS, NotBuiltError, not_built
+from vllm_specplus.errors import VLLM_CHAINS, NotBuiltError, bad_option, not_built
 from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.registry import PROPOSERS
 
@@ -229,12 +229,26 @@ def native_rules() -> tuple[str, ...]:
     return get_args(RejectionSampleMethod)
 
 
+def config_fields(model: str) -> dict[str, Any]:
+    """The model's config.json; raises OptionError."""
+    from transformers import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(model)[0]
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise bad_option(
+            "model",
+            model,
+            f"has no config.json that can be read ({first_line})",
+            "give a folder or an id on the hub",
+        ) from None
+
+
 def own_modules(model: str) -> tuple[MTPModel | None, int]:
     """The row of `MTP_MODELS` for a model, and the MTP modules in its own checkpoint, as its
     config.json counts them; (None, 0) where vLLM knows of none."""
-    from transformers import PretrainedConfig
-
-    fields, _ = PretrainedConfig.get_config_dict(model)
+    fields = config_fields(model)
     row = find_mtp_model(fields)
     return row, 0 if row is None else row.count(fields)
 

@@ -99,11 +99,12 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
         return 1e3 * counted["draft_seconds"], counted["num_rounds"], counted["num_drafts"]
 
     try:
+        encoded = _encode(llm, options, prompts)
         llm.collective_rpc("specplus_count_ranks")
-        llm.generate(list(prompts), params, use_tqdm=False)
+        llm.generate(encoded, params, use_tqdm=False)
         draft_ms, rounds, drafts = stats()
         found = llm.collective_rpc("specplus_measured")[0]
-        for prompt in prompts[:_ALONE]:
+        for prompt in encoded[:_ALONE]:
             llm.generate([prompt], params, use_tqdm=False)
         all_draft_ms, all_rounds, _ = stats()
     finally:
@@ -114,6 +115,16 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
         {int(rows): float(ms) for rows, ms in found["step_ms"]},
         ((all_draft_ms - draft_ms) / (all_rounds - rounds), draft_ms / rounds),
     )
+
+
+def _encode(llm: Any, options: TuneOptions, prompts: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Prompts for the engine, cut where `new_tokens` would not fit behind them."""
+    longest = llm.llm_engine.model_config.max_model_len - options.new_tokens
+    if longest < 1:
+        reason = f"leaves no room for prompts in max_model_len={longest + options.new_tokens}"
+        raise bad_option("new_tokens", options.new_tokens, reason, "lower it")
+    tokenizer = llm.get_tokenizer()
+    return [{"prompt_token_ids": tokenizer.encode(prompt)[:longest]} for prompt in prompts]
 
 
 def recommend(options: TuneOptions, measured: Measured, engine: str) -> Tuned:
