@@ -91,7 +91,7 @@ def test_a_model_is_tuned(tmp_path: Path) -> None:
         ("--method lookahead", "weighs the rows of its window by itself"),
         ("--method ngrm", "did you mean 'ngram'"),
         ("--method ngram --model /no/model", "model='/no/model' has no config.json"),
-        ("--method ngram --new-tokens 256", "leaves no room for prompts in max_model_len=256"),
+        ("--method ngram --new-tokens 256", "nodes=12 leave no room for prompts in"),
     ],
 )
 def test_what_cannot_be_tuned_ends_in_one_line(arguments: str, said: str, tmp_path: Path) -> None:

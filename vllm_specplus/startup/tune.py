@@ -118,11 +118,12 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
 
 
 def _encode(llm: Any, options: TuneOptions, prompts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """Prompts for the engine, cut where `new_tokens` would not fit behind them."""
-    longest = llm.llm_engine.model_config.max_model_len - options.new_tokens
+    """Prompts for the engine, cut where `new_tokens` and a whole tree would not fit behind them."""
+    max_model_len, nodes = llm.llm_engine.model_config.max_model_len, options.num_nodes
+    longest = max_model_len - options.new_tokens - nodes
     if longest < 1:
-        reason = f"leaves no room for prompts in max_model_len={longest + options.new_tokens}"
-        raise bad_option("new_tokens", options.new_tokens, reason, "lower it")
+        reason = f"and nodes={nodes} leave no room for prompts in max_model_len={max_model_len}"
+        raise bad_option("new_tokens", options.new_tokens, reason, "lower one of them")
     tokenizer = llm.get_tokenizer()
     return [{"prompt_token_ids": tokenizer.encode(prompt)[:longest]} for prompt in prompts]
 
