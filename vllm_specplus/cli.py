@@ -87,7 +87,6 @@ def tune(
 ) -> None:
     """Measures acceptance and the cost of rows, and says which trees are best; writes OUT."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_specplus.startup.host import config_fields
     from vllm_specplus.startup.tune import TuneOptions
     from vllm_specplus.startup.tune import tune as measure
     from vllm_specplus.train.text import read_prompts
@@ -105,7 +104,6 @@ def tune(
         if not out.resolve().parent.is_dir():
             raise bad_option("out", str(out), "is in a folder that does not exist", "make it first")
         texts = [prompt.text for prompt in read_prompts(prompts)]
-        config_fields(model)  # or an error, before the engine starts
         tuned = measure(options, texts[:: -(-len(texts) // limit)])
     out.write_text(tuned.model_dump_json(indent=2) + "\n", encoding="utf-8")
     console, best = (
@@ -221,7 +219,7 @@ def eagle(
 def _train(kind: str, given: dict[str, Any]) -> None:
     """given: what the command line says, by the names of the parameters."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_specplus.startup.host import config_fields
+    from vllm_specplus.startup.host import engine_config
     from vllm_specplus.train import command
 
     fit = command.FitSettings(
@@ -232,7 +230,8 @@ def _train(kind: str, given: dict[str, Any]) -> None:
     )
     options = command.TrainOptions(kind=kind, fit=fit, device=command.auto_device(), **given)
     with _one_line():
-        config_fields(options.model)  # or an error, before anything is made
+        length = options.prompt_tokens + options.new_tokens
+        engine_config(options.model, max_model_len=length)  # or an error, before anything is made
         raise typer.Exit(0 if command.train(options, Console()) else 130)
 
 

@@ -90,7 +90,8 @@ def test_a_model_is_tuned(tmp_path: Path) -> None:
     [
         ("--method lookahead", "weighs the rows of its window by itself"),
         ("--method ngrm", "did you mean 'ngram'"),
-        ("--method ngram --model /no/model", "model='/no/model' has no config.json"),
+        ("--method ngram --model /no/model", "model='/no/model' cannot be read by vLLM"),
+        ("--method ngram --max-model-len 999999", "max_model_len (999999) is greater"),
         ("--method ngram --new-tokens 256", "nodes=12 leave no room for prompts in"),
     ],
 )

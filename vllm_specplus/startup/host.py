@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from packaging.version import Version
+from pydantic import ValidationError
 
 from vllm_specplus.config import METHODS
 from vllm_specplus.core.mtp_models import MTPModel, find_mtp_model
@@ -229,26 +231,37 @@ def native_rules() -> tuple[str, ...]:
     return get_args(RejectionSampleMethod)
 
 
-def config_fields(model: str) -> dict[str, Any]:
-    """The model's config.json; raises OptionError."""
-    from transformers import PretrainedConfig
+def engine_config(model: str, **engine: Any) -> Any:
+    """vLLM's config of an engine that is not started; OptionError where there can be none.
 
+    engine: more arguments of `LLM`.
+    """
+    from vllm import EngineArgs
+
+    before = logging.root.manager.disable
+    logging.disable()  # vLLM logs on the way what the one sentence says
     try:
-        return PretrainedConfig.get_config_dict(model)[0]
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        return EngineArgs(model=model, **engine).create_engine_config()
+    except Exception as error:  # vLLM raises what it likes for a model that it cannot read
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        sentence = said.removeprefix("Value error, ").strip().partition("\n")[0].partition(". ")[0]
+        reason = sentence.rstrip(".") or type(error).__name__
         raise bad_option(
             "model",
             model,
-            f"has no config.json that can be read ({first_line})",
-            "give a folder or an id on the hub",
-        ) from None
+            f"cannot be read by vLLM ({reason})",
+            "give a folder or an id on the hub that it takes with these options",
+        ) from error
+    finally:
+        logging.disable(before)
 
 
 def own_modules(model: str) -> tuple[MTPModel | None, int]:
     """The row of `MTP_MODELS` for a model, and the MTP modules in its own checkpoint, as its
     config.json counts them; (None, 0) where vLLM knows of none."""
-    fields = config_fields(model)
+    from transformers import PretrainedConfig
+
+    fields, _ = PretrainedConfig.get_config_dict(model)
     row = find_mtp_model(fields)
     return row, 0 if row is None else row.count(fields)
 

@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_specplus.errors import NotBuiltError
+from vllm_specplus.errors import NotBuiltError, OptionError
 from vllm_specplus.startup.host import (
     CPU_ENGINE,
     V2_ENGINE,
     check_hooks,
+    engine_config,
     find_hook,
     tree_engine,
     vllm_version,
@@ -84,10 +85,8 @@ def _engine() -> dict[str, str | None]:
 
 
 def _refused(model: str) -> list[str]:
-    from vllm import EngineArgs
-
     try:
-        vllm_config = EngineArgs(model=model, skip_tokenizer_init=True).create_engine_config()
-    except Exception as error:  # vLLM raises what it likes for a model that it cannot read
-        return [f"model={model!r} cannot be read by vLLM: {str(error).splitlines()[0]}"]
+        vllm_config = engine_config(model, skip_tokenizer_init=True)
+    except OptionError as error:
+        return [str(error)]
     return tree_refusals(vllm_config)

@@ -22,7 +22,7 @@ from vllm_specplus.core.rank_counts import RankCounts
 from vllm_specplus.errors import bad_option
 from vllm_specplus.shapes import DynamicTree, StaticTree
 from vllm_specplus.startup.derived import Recommended, Tuned
-from vllm_specplus.startup.host import tree_engine
+from vllm_specplus.startup.host import engine_config, tree_engine
 
 BATCH_SIZES = (1, 4, 16, 64)
 _FREE_ROWS = "1:1000"
@@ -54,7 +54,7 @@ def tune(options: TuneOptions, prompts: Sequence[str]) -> Tuned:
             "leave speculative_tree out",
         )
     engine = tree_engine()
-    measured = _measure(options, prompts)
+    measured = _measure(options, prompts, _longest_prompt(options))
     if not measured.ranks.by_row[0]:
         raise bad_option("prompts", len(prompts), "gave no drafts at all", "give more or others")
     return recommend(options, measured, engine.name)
@@ -78,8 +78,23 @@ class Measured:
         return max(alone, batch_size * each)
 
 
-def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
-    """Decodes the prompts in batches, then some one by one."""
+def _longest_prompt(options: TuneOptions) -> int:
+    """Tokens of a prompt behind which `new_tokens` and a whole tree fit."""
+    model_config = engine_config(options.model, **options.engine).model_config
+    longest = model_config.max_model_len - options.new_tokens - options.num_nodes
+    if longest < 1:
+        raise bad_option(
+            "new_tokens",
+            options.new_tokens,
+            f"and nodes={options.num_nodes} leave no room for prompts in "
+            f"max_model_len={model_config.max_model_len}",
+            "lower one of them",
+        )
+    return int(longest)
+
+
+def _measure(options: TuneOptions, prompts: Sequence[str], longest: int) -> Measured:
+    """Decodes the prompts in batches, then some one by one; each is cut to `longest` tokens."""
     from vllm import LLM, SamplingParams
 
     tree = {
@@ -99,7 +114,8 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
         return 1e3 * counted["draft_seconds"], counted["num_rounds"], counted["num_drafts"]
 
     try:
-        encoded = _encode(llm, options, prompts)
+        encode = llm.get_tokenizer().encode
+        encoded = [{"prompt_token_ids": encode(prompt)[:longest]} for prompt in prompts]
         llm.collective_rpc("specplus_count_ranks")
         llm.generate(encoded, params, use_tqdm=False)
         draft_ms, rounds, drafts = stats()
@@ -115,17 +131,6 @@ def _measure(options: TuneOptions, prompts: Sequence[str]) -> Measured:
         {int(rows): float(ms) for rows, ms in found["step_ms"]},
         ((all_draft_ms - draft_ms) / (all_rounds - rounds), draft_ms / rounds),
     )
-
-
-def _encode(llm: Any, options: TuneOptions, prompts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """Prompts for the engine, cut where `new_tokens` and a whole tree would not fit behind them."""
-    max_model_len, nodes = llm.llm_engine.model_config.max_model_len, options.num_nodes
-    longest = max_model_len - options.new_tokens - nodes
-    if longest < 1:
-        reason = f"and nodes={nodes} leave no room for prompts in max_model_len={max_model_len}"
-        raise bad_option("new_tokens", options.new_tokens, reason, "lower one of them")
-    tokenizer = llm.get_tokenizer()
-    return [{"prompt_token_ids": tokenizer.encode(prompt)[:longest]} for prompt in prompts]
 
 
 def recommend(options: TuneOptions, measured: Measured, engine: str) -> Tuned:
